@@ -1,0 +1,1 @@
+"""The training system: knows the types that travel, never the truth."""

@@ -1,0 +1,137 @@
+"""What enters a learner, and what a defence's ``feedback`` hook may change.
+
+Four typed batches. A defence returns a changed copy (``dataclasses.replace``): drop, relabel or reweight
+items, add reward channels, or wrap the two callables
+
+    reduce : item terms of one (micro-)batch -> scalar loss
+    mix    : {channel: advantage (N, T)} -> (N, T)
+
+Defaults are the weighted mean of the learner's own item loss, and the advantage of channel ``"reward"``.
+There is no hidden clean label in any batch: truth joins by ``label_id`` outside the training system.
+N counts items of the batch, P prompt tokens, T response tokens (letters: ``envs/types.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Sequences(NamedTuple):
+    """Prompts with one response each."""
+
+    prompt_ids: Tensor  # (N, P) int64, left-padded
+    prompt_mask: Tensor  # (N, P) int64
+    ids: Tensor  # (N, T) int64, response, right-padded
+    mask: Tensor  # (N, T) int64, 1 up to and including EOS
+
+    def take(self, index: Tensor) -> Sequences:
+        """The rows ``index``."""
+        return Sequences(*(column[index] for column in self))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @staticmethod
+    def concatenate(parts: list[Sequences]) -> Sequences:
+        """Rows of all ``parts`` in order; widths must agree."""
+        return Sequences(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+class ItemTerms(NamedTuple):
+    """Differentiable per-item terms handed to ``reduce``.
+
+    ``loss`` is (n,) for pairs and sequences or (n, T) per token, already masked. ``normaliser`` belongs to
+    the whole optimizer step, so summing ``reduce`` over micro-batches gives the step's loss.
+    """
+
+    loss: Tensor
+    weight: Tensor  # broadcastable to loss
+    normaliser: float
+    extra: dict[str, Tensor]  # delta, logp, logp_ref, mask ... whatever the learner offers
+
+
+def weighted_mean(terms: ItemTerms) -> Tensor:
+    """The default ``reduce``."""
+    return (terms.loss * terms.weight).sum() / terms.normaliser
+
+
+def reward_channel(advantages: dict[str, Tensor]) -> Tensor:
+    """The default ``mix``: the advantage of the channel ``"reward"``."""
+    return advantages["reward"]
+
+
+@dataclass(frozen=True)
+class LabelBatch:
+    """This round's votes and the window's log, before any replay (aggregation and bans live here)."""
+
+    label_id: np.ndarray  # (N,)
+    item: np.ndarray  # (N,)
+    annotator_id: np.ndarray  # (N,)
+    target: np.ndarray  # (N,) in [0, 1], 1 = a preferred, .5 = tie
+    weight: np.ndarray  # (N,) >= 0
+    round: np.ndarray  # (N,)
+    stratum: np.ndarray  # (N,) observed
+    new: np.ndarray  # (N,) bool, cast this round
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Labelled comparisons, for the reward model and for DPO."""
+
+    label_id: Tensor  # (N,)
+    a: Sequences
+    b: Sequences
+    target: Tensor  # (N,) in [0, 1]
+    weight: Tensor  # (N,)
+    annotator_id: Tensor  # (N,)
+    reduce: Callable[[ItemTerms], Tensor] = weighted_mean
+
+
+@dataclass(frozen=True)
+class SFTBatch:
+    """Responses to imitate."""
+
+    label_id: Tensor  # (N,)
+    sequences: Sequences
+    weight: Tensor  # (N,)
+    annotator_id: Tensor  # (N,)
+    reduce: Callable[[ItemTerms], Tensor] = weighted_mean
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """Scored responses of the current policy, K rows to a group."""
+
+    sequences: Sequences
+    group: Tensor  # (N,) which prompt
+    logp_old: Tensor  # (N, T)
+    logp_ref: Tensor  # (N, T)
+    rewards: dict[str, Tensor]  # channel -> (N,)
+    weight: Tensor  # (N,)
+    mix: Callable[[dict[str, Tensor]], Tensor] = reward_channel
+    reduce: Callable[[ItemTerms], Tensor] = weighted_mean
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+Batch = TypeVar("Batch", PairBatch, SFTBatch, RolloutBatch)
+
+
+def take(batch: Batch, index: Tensor) -> Batch:
+    """The rows ``index`` of any tensor batch, callables kept."""
+
+    def rows(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[index]
+        if isinstance(value, Sequences):
+            return value.take(index)
+        if isinstance(value, dict):
+            return {name: rows(inner) for name, inner in value.items()}
+        return value
+
+    return replace(batch, **{name: rows(value) for name, value in vars(batch).items()})

@@ -1,0 +1,189 @@
+"""What a defence may use: the services of one learner, and nothing of the outside world.
+
+One context per learner (``"policy"``, ``"reward_model"``), built by the agent. Data roles and learned
+scorers are injected from outside; there is no oracle and no label truth here to be found. The role names
+are those of the field: ``refusal``, ``harm``, ``retain``, ``pair_harm``/``pair_refusal``, ``harm_prompts``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from agents.batches import Sequences
+from agents.policy import Policy, response_terms
+from envs import rng as draws
+
+
+class RoleData:
+    """Endless, seeded batches of one data role; the count drawn is its whole state."""
+
+    def __init__(self, sequences: Sequences, key: int):
+        self.sequences = sequences
+        self.key = key
+        self.drawn = 0
+
+    def next(self, n: int) -> Sequences:
+        """``n`` rows, uniformly with replacement."""
+        counters = torch.arange(self.drawn, self.drawn + n).numpy()
+        self.drawn += n
+        rows = (draws.uniform(self.key, counters) * len(self.sequences)).astype("int64")
+        return self.sequences.take(torch.from_numpy(rows))
+
+
+Scorer = Callable[[Sequences], Tensor]
+
+
+class Context:
+    """Services of one learner to its defences.
+
+    Attributes:
+        learner: ``"policy"`` or ``"reward_model"``.
+        model: the module being trained.
+        tokenizer: of the policy.
+        data: data roles by name.
+        rng: a generator of the defences' own.
+        step: optimizer steps taken; ``total_steps``: planned, or None when open-ended.
+    """
+
+    def __init__(
+        self,
+        learner: str,
+        model: nn.Module,
+        tokenizer: Any,
+        policy: Policy,
+        data: Mapping[str, RoleData] | None = None,
+        scorers: Mapping[str, Scorer] | None = None,
+        sampler: Any = None,
+        seed: int = 0,
+        total_steps: int | None = None,
+    ):
+        self.learner = learner
+        self.model = model
+        self.tokenizer = tokenizer
+        self.data = dict(data or {})
+        self.step = 0
+        self.total_steps = total_steps
+        self.rng = torch.Generator().manual_seed(draws.key(seed, "defence", learner))
+        self.metrics: dict[str, float] = {}
+        self._policy = policy
+        self._scorers = dict(scorers or {})
+        self._sampler = sampler
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """Names a defence may put in ``needs``."""
+        return frozenset(self.data) | {f"score:{name}" for name in self._scorers}
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The learner's optimizer.
+
+        Raises:
+            RuntimeError: inside ``prepare``, when there is none yet.
+        """
+        if self._optimizer is None:
+            raise RuntimeError("ctx.optimizer does not exist inside prepare")
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def policy_params(self) -> list[nn.Parameter]:
+        """Trainable parameters of ``model``, heads of other losses excluded."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def token_logprobs(self, sequences: Sequences) -> Tensor:
+        """(N, T) under the live model, with gradient, 0 on padding."""
+        return response_terms(self.model, sequences).logp
+
+    def ref_logprobs(self, sequences: Sequences) -> Tensor:
+        """(N, T) under the frozen reference.
+
+        Raises:
+            RuntimeError: inside ``prepare``, before the reference exists.
+        """
+        if self._policy.reference is None:
+            raise RuntimeError("ctx.ref_logprobs does not exist inside prepare")
+        return self._policy.reference_logprobs(sequences)
+
+    def lm_loss(self, sequences: Sequences) -> Tensor:
+        """Mean cross-entropy over response tokens."""
+        return -self.token_logprobs(sequences).sum() / sequences.mask.sum()
+
+    def score(self, name: str, sequences: Sequences) -> Tensor:
+        """(N,) from a learned scorer."""
+        return self._scorers[name](sequences)
+
+    def generate(self, prompt_ids: Tensor, prompt_mask: Tensor, k: int, seed: int) -> Sequences:
+        """``k`` responses of the live model to each prompt, as B*k rows."""
+        return self._sampler.sample(self.model, prompt_ids, prompt_mask, k, seed).sequences
+
+    def grad_norm(self) -> Tensor:
+        """L2 norm of the gradients accumulated so far, in float32."""
+        grads = [p.grad.float() for p in self.policy_params() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+
+    @contextmanager
+    def isolated_grads(self, accumulate: bool = False) -> Iterator[None]:
+        """Stash existing gradients and start clean; restore them, or add the new ones, on leaving."""
+        params = self.policy_params()
+        stash = [p.grad for p in params]
+        for p in params:
+            p.grad = None
+        try:
+            yield
+        finally:
+            for p, old in zip(params, stash, strict=True):
+                new = p.grad if accumulate else None
+                p.grad = old if new is None else new if old is None else old + new
+
+    @contextmanager
+    def replay_rng(self) -> Iterator[None]:
+        """Run a block on a copy of torch's RNG state, so that a second pass sees the same dropout."""
+        with torch.random.fork_rng(devices=[]):
+            yield
+
+    @contextmanager
+    def perturbed(self, deltas: Mapping[str, Tensor]) -> Iterator[None]:
+        """Add ``deltas`` to named parameters; the saved copies are put back, bit for bit."""
+        params = dict(self.model.named_parameters())
+        saved = {name: params[name].detach().clone() for name in deltas}
+        with torch.no_grad():
+            for name, delta in deltas.items():
+                params[name].add_(delta)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in saved.items():
+                    params[name].copy_(value)
+
+    def log(self, metrics: Mapping[str, Tensor | float]) -> None:
+        """Record scalars for this round's row."""
+        self.metrics.update({name: float(value) for name, value in metrics.items()})
+
+    def export_weights(self) -> dict[str, Tensor]:
+        """The weights an external sampler should load, as the present phase has them."""
+        return {name: p.detach() for name, p in self.model.state_dict().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and generators; weights are the agent's."""
+        return {
+            "step": self.step,
+            "rng": self.rng.get_state(),
+            "drawn": {name: role.drawn for name, role in self.data.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self.step = int(state["step"])
+        self.rng.set_state(state["rng"])
+        for name, drawn in state["drawn"].items():
+            self.data[name].drawn = int(drawn)

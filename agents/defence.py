@@ -1,0 +1,139 @@
+"""The defence interface: four hooks, and how an ordered list of defences composes.
+
+Any learner here is the recursion
+
+    B_t = Collect(F_t, pi_(theta_t, m)),    theta_(t+1) = Opt(theta_t, G(theta_t; B_t)),
+
+with feedback F, forward mode m and gradient operator G. A defence can change theta_0 (``prepare``), B_t
+(``feedback``), G (``backward``), or the mode and the weights outside G (``phase``); nothing else is left to
+change, so nothing else is needed. A learner never knows which defence is active.
+
+Composition of [D1, ..., Dn]: ``prepare`` and ``feedback`` run left to right, ``phase`` is entered left to
+right and left in reverse, and in ``backward`` D1 is outermost: each sees, as ``run``, the chain of the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+from agents.context import Context
+from envs.registry import Registry
+
+defences = Registry("defence", "agents.defences")
+
+PHASES = ("rollout", "score", "update", "serve", "eval", "export")
+
+
+class Report(NamedTuple):
+    """What one ``run`` measured: detached scalars. ``skipped`` when no gradient was made."""
+
+    losses: dict[str, float]
+    skipped: bool = False
+
+
+Run = Callable[[], Report]
+
+
+class StopLearning(Exception):
+    """Raised by a defence to end the current round's learning; the policy stays as it is."""
+
+
+class Defence:
+    """Base of every defence; override any of the four hooks.
+
+    Attributes:
+        needs: data roles and ``score:<name>`` scorers that must exist, checked before ``prepare``.
+        targets: learners the hooks fire for, of ``"policy"`` and ``"reward_model"``.
+        splits_serving: whether users must see another forward mode than the one that trains, so that
+            PPO and GRPO sample again under ``rollout``.
+    """
+
+    needs: frozenset[str] = frozenset()
+    targets: frozenset[str] = frozenset({"policy"})
+    splits_serving: bool = False
+    spec: str = ""
+
+    def prepare(self, ctx: Context) -> None:
+        """Act once before the reference is snapshotted and the optimizer exists."""
+
+    def feedback(self, ctx: Context, batch: Any) -> Any:
+        """Return ``batch`` or a changed copy; must not touch parameters or gradients."""
+        return batch
+
+    @contextmanager
+    def phase(self, ctx: Context, name: str) -> Iterator[None]:
+        """Surround one use of the model; ``name`` is one of :data:`PHASES`."""
+        yield
+
+    def backward(self, ctx: Context, run: Run) -> Report:
+        """Make the gradients of one optimizer step; ``run`` accumulates the learner's own."""
+        return run()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beyond the model's weights."""
+        return {}
+
+    def load_state_dict(self, ctx: Context, state: dict[str, Any]) -> None:
+        """Recreate structure and anchors from ``state``; replaces ``prepare`` on resume."""
+
+
+class DefenceStack:
+    """An ordered list of defences acting on one learner."""
+
+    def __init__(self, members: Sequence[Defence], ctx: Context):
+        self.ctx = ctx
+        self.members = [d for d in members if ctx.learner in d.targets]
+
+    @property
+    def splits_serving(self) -> bool:
+        """Whether any member needs separate rollouts."""
+        return any(d.splits_serving for d in self.members)
+
+    def prepare(self) -> None:
+        """Check needs, then prepare left to right.
+
+        Raises:
+            ValueError: a defence needs a data role or scorer that this run does not have.
+        """
+        for member in self.members:
+            missing = sorted(member.needs - self.ctx.provides)
+            if missing:
+                raise ValueError(
+                    f"defence {member.spec or type(member).__name__}: needs {', '.join(missing)}; "
+                    f"this run has {', '.join(sorted(self.ctx.provides)) or 'none'}"
+                )
+        for member in self.members:
+            member.prepare(self.ctx)
+
+    def feedback(self, batch: Any) -> Any:
+        """The left-to-right pipeline of ``feedback`` hooks."""
+        for member in self.members:
+            batch = member.feedback(self.ctx, batch)
+        return batch
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """All phase contexts, entered left to right."""
+        assert name in PHASES, name
+        with ExitStack() as stack:
+            for member in self.members:
+                stack.enter_context(member.phase(self.ctx, name))
+            yield
+
+    def backward(self, run: Run) -> Report:
+        """The chain of ``backward`` hooks around the learner's own ``run``."""
+        for member in reversed(self.members):
+            run = partial(member.backward, self.ctx, run)
+        return run()
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """States in list order."""
+        return [member.state_dict() for member in self.members]
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        """Restore every member, in order."""
+        for member, state in zip(self.members, states, strict=True):
+            member.load_state_dict(self.ctx, state)

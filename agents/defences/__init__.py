@@ -1,0 +1,1 @@
+"""One file per defence; registering is done in the file itself."""

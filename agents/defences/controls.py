@@ -1,0 +1,52 @@
+"""Two null controls that stand in every table.
+
+A defence that merely stops learning looks safe. ``freeze`` is that defence in its pure form and ``small_lr``
+its gradual form; a real defence must keep the policy safe *and* retain what honest feedback teaches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from agents.context import Context
+from agents.defence import Defence, Report, Run, defences
+
+
+@defences.register("freeze")
+class Freeze(Defence):
+    """No update at all: the learner's step is never run."""
+
+    def backward(self, ctx: Context, run: Run) -> Report:
+        """Make no gradient."""
+        return Report({}, skipped=True)
+
+
+@defences.register("small_lr")
+class SmallLearningRate(Defence):
+    """Divides the policy's learning rate during every update.
+
+    Args:
+        divisor: >= 1; 1 is bitwise no defence.
+    """
+
+    def __init__(self, divisor: float = 100.0):
+        if divisor < 1:
+            raise ValueError(f"small_lr: divisor={divisor}; allowed: >= 1")
+        self.divisor = divisor
+
+    @contextmanager
+    def phase(self, ctx: Context, name: str) -> Iterator[None]:
+        """Lower the rate on entering ``update``; restore the saved value on leaving."""
+        if name != "update":
+            yield
+            return
+        groups = ctx.optimizer.param_groups
+        saved = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] = group["lr"] / self.divisor
+        try:
+            yield
+        finally:
+            for group, rate in zip(groups, saved, strict=True):
+                group["lr"] = rate

@@ -1,0 +1,51 @@
+"""Refusal Loss: keep refusing while learning anything else.
+
+    L = L_learner + alpha * L_LM(refusal)
+
+An extra language-model loss on refusals to harmful prompts, added to whatever the learner minimises. Form
+and strength as in Rosati et al., *Evaluating Defences against Unsafe Feedback in RLHF* (alpha an integer,
+100 there); the idea of auxiliary safety data is Qi et al. 2024, whose alpha/(1 - alpha) is this alpha.
+
+Under Adam the strength acts through the ratio of gradient norms only, so ``alpha`` does not transfer between
+learners; ``defence/refusal_loss/grad_ratio`` is logged for that reason.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from agents.context import Context
+from agents.defence import Defence, Report, Run, defences
+
+
+@defences.register("refusal_loss")
+class RefusalLoss(Defence):
+    """Adds alpha times the language-model loss on refusals to every optimizer step.
+
+    Args:
+        alpha: strength, >= 0; 0 is bitwise no defence.
+        batch: refusals per step.
+    """
+
+    needs = frozenset({"refusal"})
+
+    def __init__(self, alpha: float = 1.0, batch: int = 32):
+        if alpha < 0:
+            raise ValueError(f"refusal_loss: alpha={alpha}; allowed: >= 0")
+        if batch < 1:
+            raise ValueError(f"refusal_loss: batch={batch}; allowed: >= 1")
+        self.alpha = alpha
+        self.batch = batch
+
+    def backward(self, ctx: Context, run: Run) -> Report:
+        """The learner's gradient plus alpha times the refusal gradient."""
+        report = run()
+        if self.alpha == 0:
+            return report
+        learner_norm = ctx.grad_norm()
+        with ctx.isolated_grads(accumulate=True):
+            loss = ctx.lm_loss(ctx.data["refusal"].next(self.batch))
+            (self.alpha * loss).backward()
+            ratio = ctx.grad_norm() / torch.clamp(learner_norm, min=1e-12)
+        ctx.log({"defence/refusal_loss/loss": loss.detach(), "defence/refusal_loss/grad_ratio": ratio})
+        return report._replace(skipped=False)

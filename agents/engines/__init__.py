@@ -1,0 +1,1 @@
+"""Who samples. An engine turns prompts into responses with the log-probs they were sampled at."""

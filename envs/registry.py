@@ -1,0 +1,143 @@
+"""The open doors: how learners, attacks, annotators and defences are found and built from a short spec.
+
+A spec is what a person types after ``--attack`` or ``--defence``:
+
+    harm_targeted                      a registered name
+    harm_targeted(eta=0.5)             with keyword arguments, Python literals only
+    my_module:MyDefence(alpha=2)       an importable class of the user's own
+    path/to/file.py:MyDefence          a class in a file
+    their_name                         an entry point of an installed package (group ``poisonloop.<kind>``)
+
+Registering is done by decorating the class in a file of its own; nothing else lists it.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class Registry:
+    """Named components of one kind, discovered in every module of one package."""
+
+    def __init__(self, kind: str, package: str):
+        self.kind = kind
+        self.package = package
+        self._makers: dict[str, Callable[..., Any]] = {}
+
+    def register(self, name: str) -> Callable[[Any], Any]:
+        """Class or function decorator: make the component available as ``name``."""
+
+        def decorate(maker: Any) -> Any:
+            if name in self._makers:
+                raise ValueError(f"{self.kind} {name!r} is registered twice")
+            self._makers[name] = maker
+            return maker
+
+        return decorate
+
+    def names(self) -> list[str]:
+        """All registered names, sorted."""
+        self._discover()
+        return sorted(self._makers)
+
+    def summaries(self) -> dict[str, str]:
+        """The first docstring line of every component, by name."""
+        return {n: (inspect.getdoc(self._makers[n]) or "").split("\n")[0] for n in self.names()}
+
+    def create(self, spec: str) -> Any:
+        """Build the component that ``spec`` names; it remembers the spec as ``.spec``.
+
+        Raises:
+            ValueError: unknown name, wrong argument, or a spec that is not ``name(key=literal, ...)``.
+        """
+        target, arguments = parse_spec(spec, self.kind)
+        maker = self._resolve(target)
+        try:
+            inspect.signature(maker).bind(**arguments)
+        except TypeError as error:
+            allowed = ", ".join(inspect.signature(maker).parameters) or "none"
+            raise ValueError(
+                f"{self.kind}: bad arguments in {spec!r} ({error}); allowed: {allowed}"
+            ) from None
+        component = maker(**arguments)
+        component.spec = spec
+        return component
+
+    def _discover(self) -> None:
+        package = importlib.import_module(self.package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self.package}.{module.name}")
+
+    def _resolve(self, target: str) -> Callable[..., Any]:
+        if ":" in target:
+            return load_object(target, self.kind)
+        self._discover()
+        if target in self._makers:
+            return self._makers[target]
+        for point in importlib.metadata.entry_points(group=f"poisonloop.{self.kind}"):
+            if point.name == target:
+                return point.load()
+        raise ValueError(
+            f"{self.kind}: unknown name {target!r}; allowed: {', '.join(self.names())}, "
+            "or module:Class, or path/to/file.py:Class"
+        )
+
+
+def is_plugin(spec: str) -> bool:
+    """Whether ``spec`` names code outside the project (and so needs trust on resume)."""
+    return ":" in spec.split("(", 1)[0]
+
+
+def parse_spec(spec: str, kind: str) -> tuple[str, dict[str, Any]]:
+    """Split ``target(key=literal, ...)`` into the target and its arguments.
+
+    Arguments are read with ``ast.literal_eval``; nothing in a spec is ever executed.
+    """
+    target, paren, rest = spec.strip().partition("(")
+    if not target or (paren and not rest.endswith(")")):
+        raise ValueError(f"{kind}: cannot read {spec!r}; write name or name(key=value, ...)")
+    if not paren:
+        return target, {}
+    try:
+        call = ast.parse(f"f({rest}", mode="eval").body
+        assert isinstance(call, ast.Call)
+        if call.args or any(k.arg is None for k in call.keywords):
+            raise ValueError("only key=value arguments")
+        return target, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"{kind}: cannot read the arguments of {spec!r} ({error}); "
+            "write name(key=value, ...) with numbers, strings, booleans, tuples"
+        ) from None
+
+
+def load_object(target: str, kind: str) -> Any:
+    """Import ``module:Name`` or ``path/to/file.py:Name``; the working folder is importable."""
+    where, _, name = target.rpartition(":")
+    try:
+        if where.endswith(".py"):
+            path = Path(where).resolve()
+            spec = importlib.util.spec_from_file_location(f"poisonloop_plugin_{path.stem}", path)
+            if spec is None or spec.loader is None or not path.is_file():
+                raise ValueError(f"{kind}: no Python file at {where!r}")
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module
+            spec.loader.exec_module(module)
+        else:
+            if "" not in sys.path:
+                sys.path.insert(0, "")
+            module = importlib.import_module(where)
+    except ImportError as error:
+        raise ValueError(f"{kind}: cannot import {where!r} ({error})") from None
+    if not hasattr(module, name):
+        raise ValueError(f"{kind}: {where!r} has no {name!r}")
+    return getattr(module, name)
