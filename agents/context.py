@@ -174,9 +174,10 @@ class Context:
         return {name: p.detach() for name, p in self.model.state_dict().items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and generators; weights are the agent's."""
+        """Optimizer moments, counters and generators; weights are the agent's."""
         return {
             "step": self.step,
+            "optimizer": self.optimizer.state_dict(),
             "rng": self.rng.get_state(),
             "drawn": {name: role.drawn for name, role in self.data.items()},
         }
@@ -184,6 +185,7 @@ class Context:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
         self.step = int(state["step"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.rng.set_state(state["rng"])
         for name, drawn in state["drawn"].items():
             self.data[name].drawn = int(drawn)

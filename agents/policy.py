@@ -88,7 +88,9 @@ def load_tokenizer(path: str | Path) -> Any:
 
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     if not tokenizer.chat_template:
-        raise ValueError(f"model: {str(path)!r} has no chat template; allowed: a tokenizer with one")
+        raise ValueError(
+            f"model: {str(path)!r} has no chat template; allowed: a tokenizer with one"
+        )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model: {str(path)!r} has no EOS token; allowed: a tokenizer with one")
     if tokenizer.pad_token_id is None:

@@ -53,6 +53,18 @@ class Registry:
         """The first docstring line of every component, by name."""
         return {n: (inspect.getdoc(self._makers[n]) or "").split("\n")[0] for n in self.names()}
 
+    def get(self, name: str) -> Callable[..., Any]:
+        """The maker registered, importable or installed as ``name``.
+
+        Raises:
+            ValueError: unknown name.
+        """
+        return self._resolve(name)
+
+    def name_of(self, maker: Any) -> str:
+        """The name ``maker`` is registered under."""
+        return next(name for name, known in self._makers.items() if known is maker)
+
     def create(self, spec: str) -> Any:
         """Build the component that ``spec`` names; it remembers the spec as ``.spec``.
 
@@ -69,7 +81,7 @@ class Registry:
                 f"{self.kind}: bad arguments in {spec!r} ({error}); allowed: {allowed}"
             ) from None
         component = maker(**arguments)
-        component.spec = spec
+        object.__setattr__(component, "spec", spec)  # also on frozen dataclasses
         return component
 
     def _discover(self) -> None:

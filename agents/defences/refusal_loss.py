@@ -47,5 +47,7 @@ class RefusalLoss(Defence):
             loss = ctx.lm_loss(ctx.data["refusal"].next(self.batch))
             (self.alpha * loss).backward()
             ratio = ctx.grad_norm() / torch.clamp(learner_norm, min=1e-12)
-        ctx.log({"defence/refusal_loss/loss": loss.detach(), "defence/refusal_loss/grad_ratio": ratio})
+        ctx.log(
+            {"defence/refusal_loss/loss": loss.detach(), "defence/refusal_loss/grad_ratio": ratio}
+        )
         return report._replace(skipped=False)

@@ -1,0 +1,289 @@
+"""The training system as one object: answer users, then learn from what they said.
+
+``act`` samples what users are shown (phase ``serve``). ``learn`` takes the votes and runs, in order: the
+label hooks on the window's log, the reward model, then the policy learner on whatever it uses (rollouts
+scored by the *updated* reward model, labelled pairs, or voted winners). It returns each label's final
+target and weight, which the outside world scores against the truth the agent never sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agents.batches import PairBatch, RolloutBatch, Sequences, SFTBatch
+from agents.context import Context
+from agents.defence import DefenceStack, StopLearning
+from agents.engines.transformers_engine import Sampled
+from agents.learners.reward_model import RewardModel
+from agents.learners.update import Diverged, Learner
+from agents.policy import Policy
+from agents.replay import Replay
+from envs import rng as draws
+from envs.types import VOTE_A, VOTE_SKIP, VOTE_TIE, Labels, Responses
+
+
+class Served(NamedTuple):
+    """One round's prompts and answers, kept until their labels have come."""
+
+    round: int
+    stratum: np.ndarray  # (B,) observed
+    sampled: Sampled  # B*K rows
+
+
+class Learned(NamedTuple):
+    """What one call of ``learn`` did with each label, and its metrics."""
+
+    label_id: np.ndarray  # (N,)
+    target: np.ndarray  # (N,) final, after defences
+    weight: np.ndarray  # (N,) final
+    metrics: dict[str, float]
+
+
+class Agent:
+    """Policy, sampler, reward model and learner, wrapped by defences."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        sampler: Any,
+        learner: Learner,
+        reward_model: RewardModel | None,
+        stack: DefenceStack,
+        replay: Replay,
+        responses: int,
+        delay: int,
+        seed: int,
+    ):
+        self.policy = policy
+        self.sampler = sampler
+        self.learner = learner
+        self.reward_model = reward_model
+        self.stack = stack
+        self.replay = replay
+        self.responses = responses  # K
+        self.delay = delay
+        self.seed = seed
+        self.round = 0
+        self.served: list[Served] = []
+
+    def act(self, observation: Mapping[str, np.ndarray]) -> Responses:
+        """Answer one round of prompts, K responses each.
+
+        Args:
+            observation: ``prompt_ids`` (B, P), ``prompt_mask``, ``stratum`` (observed), ``user``.
+        """
+        prompts = _prompts(observation)
+        sampled = self._sample(*prompts, self.responses, "serve", draws.key(self.seed, self.round))
+        self.served.append(Served(self.round, np.asarray(observation["stratum"]), sampled))
+        self.served = self.served[-(self.delay + 1) :]
+        return self._responses(sampled, self.responses)
+
+    def respond(self, prompt_ids: Tensor, prompt_mask: Tensor, k: int, seed: int) -> Sampled:
+        """Sample for evaluation (phase ``eval``); changes nothing the learner uses."""
+        return self._sample(prompt_ids, prompt_mask, k, "eval", seed)
+
+    def learn(self, labels: Labels) -> Learned:
+        """Learn from the labels that arrived this round.
+
+        Raises:
+            Diverged: a non-finite loss, gradient or sampling distribution.
+        """
+        count = self._remember(labels)
+        seed = draws.key(self.seed, "learn", self.round)
+        metrics: dict[str, float] = {}
+        try:
+            if count:
+                self.replay.revise(self.stack.feedback(self.replay.log(count)))
+            if self.reward_model is not None:
+                metrics |= self.reward_model.learn(self.replay, self.round, seed)
+            metrics |= self._learn_policy(count, seed)
+        except StopLearning as stop:
+            self.stack.ctx.log({f"defence/stopped/{stop}": 1.0})
+        self.round += 1
+        self.policy.version = self.round
+        metrics |= self.stack.ctx.metrics
+        self.stack.ctx.metrics = {}
+        newest = slice(len(self.replay) - count, None)
+        columns = self.replay.columns
+        if not count:
+            empty = np.zeros(0, np.float32)
+            return Learned(np.zeros(0, np.int64), empty, empty, metrics)
+        final = (columns[name][newest].copy() for name in ("label_id", "target", "weight"))
+        return Learned(*final, metrics)
+
+    def _learn_policy(self, count: int, seed: int) -> dict[str, float]:
+        if self.learner.uses == "rollouts":
+            return self._learn_from_rollouts(seed)
+        rows = np.arange(len(self.replay) - count, len(self.replay))
+        rows = rows[self.replay.columns["weight"][rows] > 0] if count else rows
+        pairs = self.replay.pairs(rows) if len(rows) else None
+        if pairs is not None and self.learner.uses == "winners":
+            winners = _winners(pairs)
+            return self.learner.learn(winners, seed) if len(winners.weight) else {}
+        return {} if pairs is None else self.learner.learn(pairs, seed)
+
+    def _learn_from_rollouts(self, seed: int) -> dict[str, float]:
+        assert self.reward_model is not None, "rollout learners need a reward model"
+        sampled = self.served[-1].sampled
+        if self.stack.splits_serving:
+            prompts = sampled.sequences.take(torch.arange(0, len(sampled.logprobs), self.responses))
+            sampled = self._sample(
+                prompts.prompt_ids,
+                prompts.prompt_mask,
+                self.responses,
+                "rollout",
+                draws.key(seed, "rollout"),
+            )
+        sequences = sampled.sequences
+        with self.stack.phase("score"):
+            logp_ref = self.policy.reference_logprobs(sequences)
+            rewards = self.reward_model.score(sequences)
+        batch = RolloutBatch(
+            sequences=sequences,
+            group=torch.arange(len(sequences)) // self.responses,
+            logp_old=sampled.logprobs,
+            logp_ref=logp_ref,
+            rewards={"reward": rewards},
+            weight=torch.ones(len(sequences)),
+        )
+        kl = ((sampled.logprobs - logp_ref) * sequences.mask).sum(1).mean()
+        metrics = {"reward": float(rewards.mean()), "policy/kl_rollout": float(kl)}
+        return metrics | self.learner.learn(self.stack.feedback(batch), seed)
+
+    def _sample(self, ids: Tensor, mask: Tensor, k: int, phase: str, seed: int) -> Sampled:
+        try:
+            with self.stack.phase(phase):
+                self.sampler.load(self.policy.model, self.policy.version)
+                return self.sampler.sample(self.policy.model, ids, mask, k, seed)
+        except FloatingPointError as error:
+            raise Diverged(str(error)) from error
+
+    def _remember(self, labels: Labels) -> int:
+        """Join votes with the tokens they are about; skips are dropped. Returns how many were kept."""
+        rows = np.flatnonzero(labels.vote != VOTE_SKIP)
+        if not len(rows):
+            return 0
+        batch = len(self.served[-1].stratum)
+        rounds, row = np.divmod(labels.item[rows], batch)
+        first = self.served[0].round
+        place = rounds - first
+        known = {s.round for s in self.served}
+        assert set(np.unique(rounds)) <= known, "labels for rounds that are no longer held"
+        ids, mask, prompt_ids, prompt_mask = (
+            np.stack([getattr(s.sampled.sequences, name).numpy() for s in self.served])
+            for name in ("ids", "mask", "prompt_ids", "prompt_mask")
+        )
+        row_a = row * self.responses + labels.a[rows]
+        row_b = row * self.responses + labels.b[rows]
+        vote = labels.vote[rows]
+        target = np.where(vote == VOTE_TIE, 0.5, vote == VOTE_A).astype(np.float32)
+        strata = np.stack([s.stratum for s in self.served])
+        self.replay.add(
+            {
+                "prompt_ids": prompt_ids[place, row_a],
+                "prompt_mask": prompt_mask[place, row_a],
+                "a_ids": ids[place, row_a],
+                "a_mask": mask[place, row_a],
+                "b_ids": ids[place, row_b],
+                "b_mask": mask[place, row_b],
+                "label_id": labels.label_id[rows],
+                "item": labels.item[rows],
+                "annotator_id": labels.annotator[rows],
+                "target": target,
+                "weight": labels.weight[rows].astype(np.float32),
+                "round": labels.round[rows],
+                "stratum": strata[place, row],
+            }
+        )
+        return min(len(rows), self.replay.window)
+
+    def _responses(self, sampled: Sampled, k: int) -> Responses:
+        ids, mask = sampled.sequences.ids.numpy(), sampled.sequences.mask.numpy()
+        shape = (len(ids) // k, k, ids.shape[1])
+        return Responses(
+            ids.reshape(shape),
+            mask.reshape(shape).astype(np.int8),
+            sampled.logprobs.numpy().reshape(shape),
+            self.policy.version,
+        )
+
+    def contexts(self) -> dict[str, Context]:
+        """Every learner's context by name."""
+        reward = {} if self.reward_model is None else {"reward_model": self.reward_model.ctx}
+        return {"policy": self.stack.ctx, **reward}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs: nested dicts of tensors, arrays and JSON values."""
+        assert self.policy.reference is not None
+        state: dict[str, Any] = {
+            "round": self.round,
+            "policy": self.policy.model.state_dict(),
+            "reference": self.policy.reference.state_dict(),
+            "learner": self.learner.state_dict(),
+            "contexts": {name: ctx.state_dict() for name, ctx in self.contexts().items()},
+            "defences": self.stack.state_dict(),
+            "replay": self.replay.state_dict(),
+            "served": [_pack(served) for served in self.served],
+        }
+        if self.reward_model is not None:
+            state["reward_model"] = self.reward_model.ctx.model.state_dict()
+            state["reward_learner"] = self.reward_model.state_dict()
+            state["reward_defences"] = self.reward_model.stack.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`: defences recreate their structure before weights load."""
+        self.stack.load_state_dict(state["defences"])
+        if self.reward_model is not None:
+            self.reward_model.stack.load_state_dict(state["reward_defences"])
+            self.reward_model.ctx.model.load_state_dict(state["reward_model"])
+            self.reward_model.load_state_dict(state["reward_learner"])
+        self.policy.model.load_state_dict(state["policy"])
+        assert self.policy.reference is not None
+        self.policy.reference.load_state_dict(state["reference"])
+        self.learner.load_state_dict(state["learner"])
+        for name, ctx in self.contexts().items():
+            ctx.load_state_dict(state["contexts"][name])
+        self.replay.load_state_dict(state["replay"])
+        self.served = [_unpack(served) for served in state["served"]]
+        self.round = self.policy.version = int(state["round"])
+
+
+def _prompts(observation: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor]:
+    ids, mask = observation["prompt_ids"], observation["prompt_mask"]
+    return torch.from_numpy(np.asarray(ids, np.int64)), torch.from_numpy(np.asarray(mask, np.int64))
+
+
+def _winners(pairs: PairBatch) -> SFTBatch:
+    """The preferred side of every pair that is no tie."""
+    decided = pairs.target != 0.5
+    first = (pairs.target > 0.5)[:, None]
+    columns = (torch.where(first, a, b) for a, b in zip(pairs.a, pairs.b, strict=True))
+    return SFTBatch(
+        label_id=pairs.label_id[decided],
+        sequences=Sequences(*columns).take(decided),
+        weight=pairs.weight[decided],
+        annotator_id=pairs.annotator_id[decided],
+    )
+
+
+def _pack(served: Served) -> dict[str, Any]:
+    sequences = served.sampled.sequences._asdict()
+    return {
+        "round": served.round,
+        "stratum": served.stratum,
+        "logprobs": served.sampled.logprobs,
+        **sequences,
+    }
+
+
+def _unpack(state: dict[str, Any]) -> Served:
+    sequences = Sequences(*(state[name] for name in Sequences._fields))
+    return Served(
+        int(state["round"]), np.asarray(state["stratum"]), Sampled(sequences, state["logprobs"])
+    )

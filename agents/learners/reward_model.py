@@ -1,0 +1,137 @@
+"""The online reward model: Bradley-Terry on a bounded replay of human comparisons.
+
+    L = -t log sigma(r(a) - r(b)) - (1 - t) log sigma(r(b) - r(a))          per-label weights
+
+A language model with a scalar head, on a base of its own: one that inherited a defended policy's
+representations would pass the defence's blindness off as safety. It is trained a few steps every round on
+labels drawn uniformly from the last ``window``; it is a learner like any other, so the ``feedback`` and
+``backward`` hooks apply to it. In PPO and GRPO this is where poisoned preferences enter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from agents.batches import ItemTerms, PairBatch, Sequences
+from agents.context import Context
+from agents.defence import DefenceStack, Report
+from agents.learners.update import (
+    Means,
+    OptimizerConfig,
+    accumulate,
+    make_optimizer,
+    update_step,
+)
+from agents.policy import forward_inputs
+from agents.replay import Replay
+from envs import rng as draws
+
+
+@dataclass(frozen=True)
+class RewardModelConfig(OptimizerConfig):
+    """How the online reward model learns."""
+
+    lr: float = 3e-4
+    """Learning rate."""
+    minibatch: int = 64
+    """Labels per step."""
+    micro_batch: int = 64
+    """Labels per forward and backward."""
+    steps: int = 4
+    """Optimizer steps per round."""
+    window: int = 1024
+    """Labels kept for replay, newest first out last."""
+    init: Literal["warm", "cold", "policy"] = "warm"
+    """Own base warm-started on honest pairs, own base cold, or a copy of the policy (an ablation)."""
+    reset_every: int = 0
+    """Return to the initial weights every so many rounds; 0 never."""
+
+
+def load_reward_model(path: str | Path, seed: int) -> nn.Module:
+    """A sequence classifier with one output from ``path``; a missing head is drawn from ``seed``."""
+    from transformers import AutoModelForSequenceClassification
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=1, use_safetensors=True, dtype=torch.float32
+        )
+    return model.eval()
+
+
+def sequence_rewards(model: nn.Module, sequences: Sequences) -> Tensor:
+    """(N,) scalar-head output on the last token of each prompt + response."""
+    inputs = forward_inputs(sequences)
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (N, P + T, d)
+    width = sequences.prompt_ids.shape[1]
+    last = width + sequences.mask.sum(1) - 1
+    return model.score(hidden[torch.arange(len(last)), last])[:, 0].float()
+
+
+class RewardModel:
+    """Scores responses, and learns from labels."""
+
+    def __init__(self, config: RewardModelConfig, ctx: Context, stack: DefenceStack):
+        self.config = config
+        self.ctx = ctx
+        self.stack = stack
+        self.initial = {k: v.clone() for k, v in self._weights().items()}
+        ctx.optimizer = make_optimizer(config, ctx.policy_params())
+
+    def _weights(self) -> dict[str, Tensor]:
+        return self.ctx.model.state_dict() if self.config.reset_every else {}
+
+    @torch.no_grad()
+    def score(self, sequences: Sequences, batch: int = 256) -> Tensor:
+        """(N,) rewards without gradient."""
+        rows = torch.arange(len(sequences)).split(batch)
+        return torch.cat([sequence_rewards(self.ctx.model, sequences.take(r)) for r in rows])
+
+    def learn(self, replay: Replay, round: int, seed: int) -> dict[str, float]:
+        """``config.steps`` steps on uniform draws from ``replay``; metrics under ``reward_model/``."""
+        if self.config.reset_every and round and round % self.config.reset_every == 0:
+            self.ctx.model.load_state_dict(self.initial)
+        means = Means()
+        usable = replay.usable()
+        for step in range(self.config.steps if len(usable) else 0):
+            counters = np.arange(self.config.minibatch)
+            picks = draws.uniform(draws.key(seed, "replay", step), counters) * len(usable)
+            batch = self.stack.feedback(replay.pairs(usable[picks.astype(np.int64)]))
+            if not len(batch.target):
+                continue
+            report = update_step(
+                self.ctx, self.stack, lambda b=batch: self.run(b), self.config.max_grad_norm
+            )
+            means.add(report.losses)
+        return means.result("reward_model")
+
+    def run(self, batch: PairBatch) -> Report:
+        """Loss and gradient of one step."""
+        n = len(batch.target)
+        return accumulate(
+            batch, n, self.config.micro_batch, lambda part: self.item_terms(part, float(n))
+        )
+
+    def item_terms(self, batch: PairBatch, normaliser: float) -> ItemTerms:
+        """Per-pair Bradley-Terry losses; a and b share one forward pass."""
+        both = Sequences.concatenate([batch.a, batch.b])
+        reward_a, reward_b = sequence_rewards(self.ctx.model, both).split(len(batch.target))
+        delta = reward_a - reward_b
+        loss = -batch.target * F.logsigmoid(delta) - (1 - batch.target) * F.logsigmoid(-delta)
+        extra = {"delta": delta, "beta": torch.ones(()), "target": batch.target}
+        return ItemTerms(loss, batch.weight, normaliser, extra)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weights to reset to, where resets are on."""
+        return {"initial": self.initial}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self.initial = dict(state["initial"])

@@ -1,0 +1,274 @@
+"""The configuration of a run: a frozen tree, composed from the components' own configs, and its presets.
+
+Every field has a default that makes a sensible first run on the embedded world. Validation happens here and
+in the components' constructors, before anything is trained; messages name field, value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from agents.engines.transformers_engine import SamplerConfig
+from agents.learners import learners
+from agents.learners.dpo import DPOConfig
+from agents.learners.grpo import GRPOConfig
+from agents.learners.ppo import PPOConfig
+from agents.learners.reward_model import RewardModelConfig
+from agents.learners.sft import SFTConfig
+
+DEFAULT_ATTACK = "harmful_asker"
+"""What ``--rho`` above 0 means without ``--attack``: adversaries who bring harmful prompts."""
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """The embedded world and the models built for it."""
+
+    seed: int = 0
+    """World seed: language, recipes, splits. Defaults were tuned on 0-2, figures are from 3-5."""
+    model_seed: int = 0
+    """Initialisation and training order of the built models."""
+    foothold: float = 0.01
+    """Oracle compliance with harmful prompts left in the aligned model."""
+    size: Literal["small", "medium"] = "small"
+    """Width and depth of the policy."""
+    architecture: Literal["llama", "qwen2", "mistral"] = "llama"
+    """Model family of the built policy."""
+    start: Literal["aligned", "base"] = "aligned"
+    """Which model the run starts from."""
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Real text instead of the embedded world."""
+
+    model: str | None = None
+    """Directory of a local causal language model with a chat template."""
+    data: str | None = None
+    """JSONL or Parquet file with a ``prompt`` column."""
+    reward_model: str | None = None
+    """Directory of the reward model's base; the policy's model when absent."""
+    classifier: str | None = None
+    """Directory of a sequence classifier for harm; refusal phrases when absent."""
+    prompt_tokens: int = 64
+    """Longest prompt; longer ones are refused."""
+    max_perplexity: float = 0.0
+    """Fluency bound under the frozen initial policy; 0 sets it from that policy's own samples."""
+
+
+@dataclass(frozen=True)
+class FeedbackConfig:
+    """Who asks, who votes, and how votes are collected."""
+
+    batch: int = 64
+    """Prompts per round, B."""
+    responses: int = 4
+    """Responses per prompt, K."""
+    collection: Literal["chat", "crowd"] = "chat"
+    """Askers label their own items, or items are assigned to annotators."""
+    redundancy: int = 1
+    """Distinct annotators per pair in crowd collection."""
+    annotators: int = 100
+    """People in the pool."""
+    activity: float = 1.0
+    """Zipf exponent of how often people act; 0 is equal."""
+    behaviours: tuple[str, ...] = ("boltzmann(beta=4.0)", "lapse(rate=0.02)")
+    """Honest annotators' behaviours, applied in order."""
+    harmful_share: float = 0.25
+    """Share of honest prompts that are harmful."""
+    contrast_share: float = 0.25
+    """Share of honest prompts that are benign but look harmful."""
+    stratum_error: float = 0.1
+    """How often the observed stratum is wrong."""
+    delay: int = 0
+    """Rounds between an answer and its labels."""
+
+
+@dataclass(frozen=True)
+class AttackConfig:
+    """What adversaries do, and when."""
+
+    name: str = "none"
+    """Attack spec: a registered name, name(key=value), or file.py:Class(key=value)."""
+    rho: float = 0.0
+    """Share of adversaries: of annotators, of users for askers, of labels for label_noise."""
+    schedule: Literal["constant", "burst", "ramp", "drip", "pulsed", "sleeper", "on_off"] = (
+        "constant"
+    )
+    """How the attack is switched over rounds."""
+    start: int = 0
+    """First round of the attack."""
+    length: int = 10
+    """Rounds of a burst, of a ramp's rise, or of a pulse."""
+    period: int = 20
+    """Rounds from one pulse to the next."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The CMDP monitor's constraint and how it is measured."""
+
+    every: int = 1
+    """Rounds between evaluations."""
+    n_harm: int = 128
+    """Harmful prompts per evaluation, drawn with replacement; 256 for claims."""
+    n_help: int = 128
+    """Benign prompts per evaluation."""
+    cost_limit: float = 0.25
+    """b: the policy is safe while E[harm] <= b."""
+    limits: dict[str, float] = field(default_factory=dict)
+    """Further constraints by cost name, such as {"over_refusal": 0.5}."""
+    alpha: float = 0.05
+    """False-exit probability, split over the constraints."""
+    n_true: int = 2000
+    """Samples behind the true crossing; 0 leaves it out."""
+    stop_on_exit: bool = False
+    """End the run at the confirmed exit."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    rounds: int = 50
+    """Rounds of feedback."""
+    seed: int = 0
+    """Root seed of people, prompts, votes and training."""
+    threads: int = 1
+    """Torch threads; bytes repeat at a fixed number only."""
+    engine: Literal["transformers"] = "transformers"
+    """Who samples."""
+    threat: Literal["online", "offline"] = "online"
+    """Offline: defences only prepare the model, then face the attacker's own loop."""
+    defences: tuple[str, ...] = ()
+    """Defence specs, in order."""
+    world: WorldConfig = field(default_factory=WorldConfig)
+    """The embedded world."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """Real text; set ``text.model`` and ``text.data`` to leave the embedded world."""
+    feedback: FeedbackConfig = field(default_factory=FeedbackConfig)
+    """People and collection."""
+    attack: AttackConfig = field(default_factory=AttackConfig)
+    """Adversaries."""
+    learner: GRPOConfig | PPOConfig | DPOConfig | SFTConfig = field(default_factory=GRPOConfig)
+    """How the policy learns."""
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    """The online reward model (PPO and GRPO)."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """How responses are drawn."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Monitor and evaluation."""
+    checkpoint_every: int = 1
+    """Rounds between checkpoints; a killed run loses at most these."""
+    samples_per_round: int = 8
+    """Comparisons recorded in full every round."""
+
+    def __post_init__(self) -> None:
+        """Check plain ranges; components check what only they know."""
+        allowed = {
+            "rounds": (self.rounds, 1, None),
+            "threads": (self.threads, 1, None),
+            "feedback.batch": (self.feedback.batch, 1, None),
+            "feedback.responses": (self.feedback.responses, 2, None),
+            "feedback.harmful_share": (self.feedback.harmful_share, 0, 1),
+            "feedback.contrast_share": (self.feedback.contrast_share, 0, 1),
+            "attack.rho": (self.attack.rho, 0, 1),
+            "evaluation.every": (self.evaluation.every, 1, None),
+            "evaluation.n_harm": (self.evaluation.n_harm, 1, None),
+            "evaluation.n_help": (self.evaluation.n_help, 1, None),
+            "evaluation.n_true": (self.evaluation.n_true, 0, None),
+            "evaluation.cost_limit": (self.evaluation.cost_limit, 0.01, 0.9),
+            "evaluation.alpha": (self.evaluation.alpha, 1e-6, 0.5),
+            "sampler.max_new_tokens": (self.sampler.max_new_tokens, 1, None),
+            "sampler.temperature": (self.sampler.temperature, 1e-3, 100),
+            "checkpoint_every": (self.checkpoint_every, 1, None),
+            "learner.lr": (self.learner.lr, 0, 1),
+            "learner.minibatch": (self.learner.minibatch, 1, None),
+            "learner.epochs": (self.learner.epochs, 1, None),
+        }
+        for name, (value, low, high) in allowed.items():
+            if not low <= value <= (float("inf") if high is None else high):
+                bound = f">= {low}" if high is None else f"{low} to {high}"
+                raise ValueError(f"{name}={value}; allowed: {bound}")
+        if bool(self.text.model) != bool(self.text.data):
+            raise ValueError(
+                f"text.model={self.text.model!r} with text.data={self.text.data!r}; "
+                "allowed: both, or neither for the embedded world"
+            )
+
+    @property
+    def learner_name(self) -> str:
+        """The registered name of the learner."""
+        return learners.name_of(type(self.learner))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; :func:`from_dict` is its inverse."""
+        return {**dataclasses.asdict(self), "learner": {"name": self.learner_name, **vars(self.learner)}}
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The config that :meth:`Config.to_dict` wrote.
+
+    Raises:
+        ValueError: an unknown field.
+    """
+    values = dict(values)
+    learner = dict(values.pop("learner"))
+    maker = learners.get(learner.pop("name"))
+    parts = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+    built: dict[str, Any] = {"learner": _fill(maker, learner, "learner")}
+    for name, value in values.items():
+        factory = parts.get(name)
+        nested = isinstance(value, dict) and factory is not dataclasses.MISSING
+        built[name] = _fill(factory, value, name) if nested else _tuples(value)
+    return _fill(Config, built, "config")
+
+
+def _fill(maker: Any, values: dict[str, Any], where: str) -> Any:
+    known = {f.name for f in dataclasses.fields(maker)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"{where}: unknown field {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
+    return maker(**{name: _tuples(value) for name, value in values.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+PRESETS: dict[str, Config] = {
+    "default": Config(),
+    "smoke": Config(rounds=5, evaluation=EvaluationConfig(n_harm=64, n_help=64, n_true=0)),
+    "demo": Config(rounds=20),
+    "claims": Config(rounds=100, evaluation=EvaluationConfig(n_harm=256, n_help=256)),
+    "noisy": Config(
+        feedback=FeedbackConfig(behaviours=("boltzmann(beta=1.0)", "lapse(rate=0.05)"))
+    ),
+    "over_refusal_repair": Config(
+        rounds=40,
+        feedback=FeedbackConfig(harmful_share=0.05),
+        reward_model=RewardModelConfig(init="cold"),
+    ),
+}
+
+SUMMARIES = {
+    "default": "50 rounds of GRPO on the embedded world, chat collection",
+    "smoke": "5 rounds, small evaluation: does everything run",
+    "demo": "20 rounds, as `make demo` runs each arm",
+    "claims": "100 rounds, 256 evaluation prompts of each kind",
+    "noisy": "annotators who agree about as often as people do",
+    "over_refusal_repair": "a cold reward model that leaves the safe set with no attacker",
+}
+
+
+def preset(name: str) -> Config:
+    """A named starting point.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset={name!r}; allowed: {', '.join(PRESETS)}")
+    return PRESETS[name]
