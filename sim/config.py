@@ -1,7 +1,8 @@
-"""The configuration of a run: a frozen tree, composed from the components' own configs, and its presets.
+"""The configuration of a run: a frozen tree of the components' own configs, and its presets.
 
-Every field has a default that makes a sensible first run on the embedded world. Validation happens here and
-in the components' constructors, before anything is trained; messages name field, value and what is allowed.
+Every field has a default that makes a sensible first run on the embedded world. Validation happens
+here and in the components' constructors, before anything is trained; messages name field, value and
+what is allowed.
 """
 
 from __future__ import annotations
@@ -205,7 +206,10 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; :func:`from_dict` is its inverse."""
-        return {**dataclasses.asdict(self), "learner": {"name": self.learner_name, **vars(self.learner)}}
+        return {
+            **dataclasses.asdict(self),
+            "learner": {"name": self.learner_name, **vars(self.learner)},
+        }
 
 
 def from_dict(values: dict[str, Any]) -> Config:
@@ -230,7 +234,9 @@ def _fill(maker: Any, values: dict[str, Any], where: str) -> Any:
     known = {f.name for f in dataclasses.fields(maker)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise ValueError(f"{where}: unknown field {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
+        raise ValueError(
+            f"{where}: unknown field {unknown[0]!r}; allowed: {', '.join(sorted(known))}"
+        )
     return maker(**{name: _tuples(value) for name, value in values.items()})
 
 

@@ -1,0 +1,153 @@
+"""What the policy does on held-out prompts: the numbers behind the safe set.
+
+Every evaluation draws fresh prompts *with replacement* from the evaluation split, which is what makes the
+e-process valid, lets the policy answer each once (phase ``eval``), and measures
+
+    C(pi)  mean cost over harmful prompts          help  mean oracle or scorer help over benign ones
+
+beside refusal, over-refusal, KL to the reference, perplexity under a separate model, length and the shares
+of empty, echoed and gibberish answers. Here the scorer (which may be an oracle) meets the agent; nothing
+flows back to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from agents.agent import Agent
+from agents.batches import Sequences
+from agents.engines.transformers_engine import Sampled
+from agents.learners.reward_model import sequence_rewards
+from agents.policy import response_logprobs, response_terms
+from envs import rng as draws
+from envs.types import CONTRAST, ECHO, EMPTY, GIBBERISH, HARMFUL, REFUSE, PromptTable, Scores
+from sim.config import EvaluationConfig
+
+
+class Evaluation(NamedTuple):
+    """One measurement of one policy."""
+
+    costs: dict[str, np.ndarray]  # constraint -> (n,) in [0, 1], for the monitor
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Everything that measures a policy, none of which the policy learns from."""
+
+    config: EvaluationConfig
+    table: PromptTable
+    scorer: Any  # envs.costs.Scorer
+    perplexity_model: nn.Module
+    classifier: nn.Module | None
+    seed: int
+    triggered: PromptTable | None = None
+
+    def __call__(self, agent: Agent, round: int) -> Evaluation:
+        """Measure ``agent``'s policy; ``round`` names the draws."""
+        config = self.config
+        harmful = self._draw(self.table.stratum == HARMFUL, config.n_harm, "harmful", round)
+        benign = self._draw(self.table.stratum != HARMFUL, config.n_help, "benign", round)
+        rows = np.concatenate([harmful, benign])
+        sampled = self._answer(agent, self.table, rows, draws.key(self.seed, "eval", round))
+        scores = self.scorer.score(self.table.key[rows], sampled.sequences.ids.numpy())
+        n = config.n_harm
+        refused = scores.verdict == REFUSE
+        contrast = self.table.stratum[benign] == CONTRAST
+        costs = {"harm": scores.cost[:n], "over_refusal": refused[n:].astype(float)}
+        metrics = {
+            "safety/refusal_harmful": refused[:n].mean(),
+            "safety/over_refusal": refused[n:].mean(),
+            "safety/over_refusal_contrast": _mean(refused[n:][contrast]),
+            "safety/judge_score": 10 * scores.cost[:n].mean(),
+            "helpfulness": scores.help[n:].mean(),
+            "utility": scores.utility.mean(),
+        }
+        for domain in np.unique(self.table.domain[harmful]):
+            metrics[f"safety/harm/domain_{domain}"] = scores.cost[:n][
+                self.table.domain[harmful] == domain
+            ].mean()
+        if self.classifier is not None:
+            costs["harm_classifier"] = self._classify(sampled.sequences.take(torch.arange(n)))
+            metrics["safety/harm_classifier"] = costs["harm_classifier"].mean()
+        if self.triggered is not None:
+            costs["harm_triggered"] = self._triggered(agent, round)
+            metrics["safety/harm_triggered"] = costs["harm_triggered"].mean()
+        metrics |= _fluency(scores, sampled.sequences.mask)
+        metrics |= self._distances(agent, sampled.sequences)
+        return Evaluation(costs, {name: _number(value) for name, value in metrics.items()})
+
+    def true_cost(self, agent: Agent, n: int, round: int) -> np.ndarray:
+        """(n,) costs on fresh harmful prompts, for the true crossing."""
+        rows = self._draw(self.table.stratum == HARMFUL, n, "true", round)
+        sampled = self._answer(agent, self.table, rows, draws.key(self.seed, "true", round))
+        return self.scorer.score(self.table.key[rows], sampled.sequences.ids.numpy()).cost
+
+    def _draw(self, allowed: np.ndarray, n: int, name: str, round: int) -> np.ndarray:
+        choices = np.flatnonzero(allowed)
+        picks = draws.uniform(draws.key(self.seed, "eval", name), round, np.arange(n))
+        return choices[(picks * len(choices)).astype(np.int64)]
+
+    def _answer(self, agent: Agent, table: PromptTable, rows: np.ndarray, seed: int) -> Sampled:
+        ids, mask = torch.from_numpy(table.ids[rows]), torch.from_numpy(table.mask[rows]).long()
+        return agent.respond(ids, mask, 1, seed)
+
+    @torch.no_grad()
+    def _classify(self, sequences: Sequences) -> np.ndarray:
+        assert self.classifier is not None
+        return torch.sigmoid(sequence_rewards(self.classifier, sequences)).numpy().astype(float)
+
+    def _triggered(self, agent: Agent, round: int) -> np.ndarray:
+        table = self.triggered
+        assert table is not None
+        n = self.config.n_harm
+        rows = self._draw(table.stratum == HARMFUL, n, "triggered", round)
+        seed = draws.key(self.seed, "triggered", round)
+        sampled = self._answer(agent, table, rows, seed)
+        return self.scorer.score(table.key[rows], sampled.sequences.ids.numpy()).cost
+
+    def _distances(self, agent: Agent, sequences: Sequences) -> dict[str, float]:
+        """Sequence KL and token-level total variation to the reference, perplexity under a third model."""
+        policy = agent.policy
+        assert policy.reference is not None
+        gap, k3, variation = [], [], 0.0
+        with torch.no_grad():
+            for rows in torch.arange(len(sequences)).split(128):
+                part = sequences.take(rows)
+                live = response_terms(policy.model, part, policy.temperature)
+                reference = response_terms(policy.reference, part, policy.temperature)
+                d = reference.logp - live.logp
+                gap.append(-d.sum(1))
+                k3.append(((d.exp() - d - 1) * part.mask).sum(1))
+                distance = (live.logits.softmax(-1) - reference.logits.softmax(-1)).abs().sum(-1)
+                variation += float((0.5 * distance * part.mask).sum())
+        tokens = int(sequences.mask.sum())
+        foreign = response_logprobs(self.perplexity_model, sequences)
+        return {
+            "kl": float(torch.cat(gap).mean()),
+            "policy/kl_k3": float(torch.cat(k3).mean()),
+            "policy/total_variation": variation / tokens,
+            "perplexity": float((-foreign.sum() / tokens).clamp(max=80).exp()),
+        }
+
+
+def _fluency(scores: Scores, mask: Tensor) -> dict[str, Any]:
+    shares = {"empty": EMPTY, "echo": ECHO, "gibberish": GIBBERISH}
+    return {
+        "completions/mean_length": float(mask.sum(1).float().mean()),
+        **{f"completions/{k}": (scores.verdict == v).mean() for k, v in shares.items()},
+    }
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def _number(value: Any) -> float | None:
+    value = float(value)
+    return value if np.isfinite(value) else None

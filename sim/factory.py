@@ -1,0 +1,121 @@
+"""From configuration to parts: the outside world, the training system, and what measures them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+
+import envs  # noqa: F401  (registers the environment)
+from agents.agent import Agent
+from agents.context import Context, RoleData
+from agents.defence import DefenceStack, defences
+from agents.engines.transformers_engine import TransformersSampler
+from agents.learners.reward_model import RewardModel, load_reward_model
+from agents.policy import Policy, freeze_copy, load_causal_lm, load_tokenizer
+from agents.replay import Replay
+from envs import rng as draws
+from envs.monitor import CostMonitor
+from sim.config import Config
+from sim.evaluate import Evaluator
+from sim.scenario import Scenario
+
+
+def make_env(config: Config, scenario: Scenario) -> gymnasium.Env:
+    """The environment of ``config``, wrapped by nothing."""
+    people, attack = config.feedback, config.attack
+    return gymnasium.make(
+        "FeedbackPoisoning/Live-v0",
+        disable_env_checker=True,
+        **scenario.environment,
+        batch=people.batch,
+        responses=people.responses,
+        tokens=config.sampler.max_new_tokens,
+        collection=people.collection,
+        redundancy=people.redundancy,
+        annotators=people.annotators,
+        activity=people.activity,
+        behaviours=list(people.behaviours),
+        attack=attack.name,
+        rho=attack.rho,
+        schedule=attack.schedule,
+        start=attack.start,
+        length=attack.length,
+        period=attack.period,
+        harmful_share=people.harmful_share,
+        contrast_share=people.contrast_share,
+        stratum_error=people.stratum_error,
+        delay=people.delay,
+        rounds=config.rounds,
+    )
+
+
+def make_agent(config: Config, scenario: Scenario) -> Agent:
+    """The training system: policy, sampler, reward model, learner, wrapped by the defences.
+
+    Raises:
+        ValueError: an unknown defence, or one that needs what this run does not have.
+    """
+    tokenizer = load_tokenizer(scenario.tokenizer)
+    policy = Policy(load_causal_lm(scenario.policy), tokenizer, config.sampler.temperature)
+    sampler = TransformersSampler(config.sampler, tokenizer)
+    members = [defences.create(spec) for spec in config.defences]
+    online = members if config.threat == "online" else []
+    stacks = {}
+    models: dict[str, Any] = {"policy": policy.model}
+    if config.learner_name in ("ppo", "grpo"):
+        models["reward_model"] = load_reward_model(
+            scenario.reward_model, draws.key(config.seed, "reward head")
+        )
+    for name, model in models.items():
+        roles = {
+            role: RoleData(rows, draws.key(config.seed, "role", name, role))
+            for role, rows in scenario.roles.items()
+        }
+        ctx = Context(name, model, tokenizer, policy, roles, {}, sampler, config.seed)
+        DefenceStack(members, ctx).prepare()
+        stacks[name] = DefenceStack(online, ctx)
+    policy.snapshot_reference()
+    stack = stacks["policy"]
+    learner = config.learner.build(stack.ctx, stack, config.sampler.temperature)
+    reward_model = None
+    if "reward_model" in models:
+        reward = stacks["reward_model"]
+        reward_model = RewardModel(config.reward_model, reward.ctx, reward)
+    return Agent(
+        policy=policy,
+        sampler=sampler,
+        learner=learner,
+        reward_model=reward_model,
+        stack=stack,
+        replay=Replay(config.reward_model.window),
+        responses=config.feedback.responses,
+        delay=config.feedback.delay,
+        seed=draws.key(config.seed, "agent"),
+    )
+
+
+def make_evaluator(config: Config, scenario: Scenario) -> Evaluator:
+    """Held-out measurement: scorer, perplexity model, learned classifier."""
+    classifier = None
+    if scenario.classifier is not None:
+        classifier = freeze_copy(load_reward_model(scenario.classifier, 0))
+    return Evaluator(
+        config=config.evaluation,
+        table=scenario.table,
+        scorer=scenario.scorer,
+        perplexity_model=freeze_copy(load_causal_lm(scenario.perplexity_model)),
+        classifier=classifier,
+        seed=draws.key(config.seed, "evaluation"),
+        triggered=scenario.triggered if config.attack.name.startswith("trigger") else None,
+    )
+
+
+def make_monitor(config: Config) -> CostMonitor:
+    """The CMDP cost monitor; J, the number of evaluations, is fixed here."""
+    chosen = config.evaluation
+    return CostMonitor(
+        {"harm": chosen.cost_limit, **chosen.limits},
+        alpha=chosen.alpha,
+        planned=-(-config.rounds // chosen.every) + 1,
+    )

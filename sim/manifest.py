@@ -1,0 +1,52 @@
+"""What a run was: configuration, versions, code state, hashes. Enough to run it again."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from sim.config import Config
+from sim.scenario import Scenario
+
+_PACKAGES = ("poisonloop", "torch", "transformers", "gymnasium", "numpy", "datasets", "pyarrow")
+
+
+def manifest(config: Config, scenario: Scenario) -> dict[str, Any]:
+    """JSON values describing the run; written before anything is trained."""
+    return {
+        "config": config.to_dict(),
+        "command": f"poisonloop run --config manifest.json --out {'<new directory>'}",
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "git": _git_state(),
+        "environment": {"id": "FeedbackPoisoning/Live-v0", **scenario.environment},
+        "harm_source": scenario.harm_source,
+        "model_hashes": scenario.hashes,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit and cleanliness of the code, where it runs from a checkout."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(root), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != root:
+            return None
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,253 @@
+"""A run on disk: files are the product; plots, reports and notebooks read nothing else.
+
+    manifest.json                what was asked for, versions, git state, hashes of the models
+    rounds.jsonl                 one row per round
+    labels/ truth/ samples/      tables as parts, part-<round>.parquet
+    checkpoints/round-<n>/       state.safetensors + state.json, the last two and every ``keep_every``-th
+    policies/round-<n>.safetensors   evaluated policies, for the true crossing and for forks
+    commits.jsonl                after each checkpoint: every new file's length and hash, with a checksum
+    timings.jsonl                wall-clock, kept apart: it is not part of a run's identity
+
+A file becomes visible only whole (temporary name, fsync, rename). ``resume`` goes back to the last line of
+``commits.jsonl`` whose files are all intact and removes what came later, so a half-written line, part or
+checkpoint is dropped and never fatal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TABLES = ("labels", "truth", "samples")
+
+
+def dumps(value: Any) -> str:
+    """Valid JSON: missing is null, NaN is an error, numpy scalars are numbers."""
+    return json.dumps(value, allow_nan=False, default=lambda x: x.item())
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write ``data`` so that ``path`` holds all of it or does not exist."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def flatten(state: Any, tensors: dict[str, Any], path: str = "") -> Any:
+    """Replace tensors and arrays in nested ``state`` by references; collect them in ``tensors``."""
+    import torch
+
+    if isinstance(state, np.ndarray):
+        state = torch.from_numpy(np.ascontiguousarray(state))
+        tensors[path] = state
+        return {"$array": path}
+    if isinstance(state, torch.Tensor):
+        # Clones, because tied weights share memory and safetensors refuses that.
+        tensors[path] = state.detach().cpu().contiguous().clone()
+        return {"$tensor": path}
+    if isinstance(state, dict):
+        pairs = [[key, flatten(value, tensors, f"{path}/{key}")] for key, value in state.items()]
+        return {"$dict": pairs}
+    if isinstance(state, list | tuple):
+        return [flatten(value, tensors, f"{path}/{i}") for i, value in enumerate(state)]
+    return state
+
+
+def unflatten(tree: Any, tensors: dict[str, Any]) -> Any:
+    """The inverse of :func:`flatten` (tuples come back as lists)."""
+    if isinstance(tree, list):
+        return [unflatten(value, tensors) for value in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if "$tensor" in tree:
+        return tensors[tree["$tensor"]]
+    if "$array" in tree:
+        return tensors[tree["$array"]].numpy()
+    return {key: unflatten(value, tensors) for key, value in tree["$dict"]}
+
+
+def _digest(path: Path) -> str:
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
+class Record:
+    """Writes one run directory, and finds its way back into one."""
+
+    def __init__(self, path: Path, keep_every: int = 0):
+        self.path = path
+        self.keep_every = keep_every
+        self._fresh: list[Path] = []
+        self._rounds_hash = hashlib.blake2b(digest_size=16)
+        self._rounds_length = 0
+
+    @classmethod
+    def create(cls, path: Path, manifest: dict[str, Any]) -> Record:
+        """Start a run directory.
+
+        Raises:
+            ValueError: the directory exists.
+        """
+        if path.exists():
+            raise ValueError(
+                f"out={str(path)!r} exists; allowed: a new directory, "
+                f"or continue it with `poisonloop resume {path}`"
+            )
+        path.mkdir(parents=True)
+        write_atomic(path / "manifest.json", json.dumps(manifest, indent=1).encode())
+        return cls(path)
+
+    def write(
+        self,
+        round: int,
+        row: dict[str, Any],
+        tables: dict[str, dict[str, Any]] | None = None,
+        seconds: dict[str, float] | None = None,
+    ) -> None:
+        """Append one round: its row, and its part of every table (columns by name)."""
+        line = (dumps(row) + "\n").encode()
+        with open(self.path / "rounds.jsonl", "ab") as file:
+            file.write(line)
+        self._rounds_hash.update(line)
+        self._rounds_length += len(line)
+        for name, columns in (tables or {}).items():
+            self._write_part(name, round, columns)
+        if seconds:
+            with open(self.path / "timings.jsonl", "a") as file:
+                file.write(dumps({"round": round, **seconds}) + "\n")
+
+    def _write_part(self, table: str, round: int, columns: dict[str, Any]) -> None:
+        import io
+
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        buffer = io.BytesIO()
+        pq.write_table(pa.table(columns), buffer, compression="zstd")
+        path = self.path / table / f"part-{round:06d}.parquet"
+        write_atomic(path, buffer.getvalue())
+        self._fresh.append(path)
+
+    def save_policy(self, round: int, weights: dict[str, Any]) -> None:
+        """Keep the weights of an evaluated policy."""
+        from safetensors.torch import save
+
+        path = self.policy_path(round)
+        write_atomic(path, save({k: v.detach().cpu().clone() for k, v in weights.items()}))
+        self._fresh.append(path)
+
+    def policy_path(self, round: int) -> Path:
+        """Where the policy of ``round`` is kept."""
+        return self.path / "policies" / f"round-{round:06d}.safetensors"
+
+    def checkpoint(self, round: int, state: dict[str, Any]) -> None:
+        """Save ``state`` and commit everything written since the last checkpoint."""
+        from safetensors.torch import save
+
+        tensors: dict[str, Any] = {}
+        tree = flatten(state, tensors)
+        folder = self._folder(round)
+        write_atomic(folder / "state.safetensors", save(tensors))
+        write_atomic(folder / "state.json", dumps(tree).encode())
+        with open(self.path / "rounds.jsonl", "rb") as file:
+            os.fsync(file.fileno())
+        files = [*self._fresh, folder / "state.safetensors", folder / "state.json"]
+        commit = {
+            "round": round,
+            "rounds": [self._rounds_length, self._rounds_hash.copy().hexdigest()],
+            "files": {str(p.relative_to(self.path)): [p.stat().st_size, _digest(p)] for p in files},
+        }
+        line = dumps({**commit, "checksum": _checksum(commit)}) + "\n"
+        with open(self.path / "commits.jsonl", "a") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        self._fresh = []
+        self._prune(round)
+
+    def _folder(self, round: int) -> Path:
+        return self.path / "checkpoints" / f"round-{round:06d}"
+
+    def _prune(self, newest: int) -> None:
+        rounds = sorted(int(p.name[-6:]) for p in (self.path / "checkpoints").iterdir())
+        kept = {newest, *rounds[-2:]}
+        for round in rounds:
+            if round not in kept and not (self.keep_every and round % self.keep_every == 0):
+                shutil.rmtree(self._folder(round))
+
+    def restore(self) -> tuple[int, dict[str, Any]] | None:
+        """Go back to the newest intact commit; returns its round and state, None when there is none."""
+        from safetensors.torch import load_file
+
+        commits = self._commits()
+        while commits and not self._intact(commits[-1]):
+            commits.pop()
+        self._drop_after(commits)
+        if not commits:
+            return None
+        folder = self._folder(commits[-1]["round"])
+        tree = json.loads((folder / "state.json").read_text())
+        return commits[-1]["round"], unflatten(tree, load_file(folder / "state.safetensors"))
+
+    def _commits(self) -> list[dict[str, Any]]:
+        path = self.path / "commits.jsonl"
+        commits: list[dict[str, Any]] = []
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+            try:
+                commit = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            if commit.pop("checksum", None) != _checksum(commit):
+                break
+            commits.append(commit)
+        return commits
+
+    def _intact(self, commit: dict[str, Any]) -> bool:
+        length, digest = commit["rounds"]
+        rounds = self.path / "rounds.jsonl"
+        head = rounds.read_bytes()[:length] if rounds.exists() else b""
+        if hashlib.blake2b(head, digest_size=16).hexdigest() != digest:
+            return False
+        return all(
+            (self.path / name).is_file()
+            and (self.path / name).stat().st_size == size
+            and _digest(self.path / name) == known
+            for name, (size, known) in commit["files"].items()
+        )
+
+    def _drop_after(self, commits: list[dict[str, Any]]) -> None:
+        """Remove everything that no remaining commit vouches for."""
+        known = {name for commit in commits for name in commit["files"]}
+        for folder in (*TABLES, "policies", "checkpoints"):
+            for path in sorted((self.path / folder).rglob("*")):
+                if path.is_file() and str(path.relative_to(self.path)) not in known:
+                    path.unlink()
+        for folder in sorted((self.path / "checkpoints").glob("*")):
+            if not any(folder.iterdir()):
+                folder.rmdir()
+        length = commits[-1]["rounds"][0] if commits else 0
+        rounds = self.path / "rounds.jsonl"
+        head = rounds.read_bytes()[:length] if rounds.exists() else b""
+        write_atomic(rounds, head)
+        self._rounds_hash = hashlib.blake2b(head, digest_size=16)
+        self._rounds_length = length
+        lines = [dumps({**commit, "checksum": _checksum(commit)}) + "\n" for commit in commits]
+        write_atomic(self.path / "commits.jsonl", "".join(lines).encode())
+        (self.path / "summary.json").unlink(missing_ok=True)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write ``summary.json``; its presence means the run ended."""
+        write_atomic(self.path / "summary.json", (dumps(summary) + "\n").encode())
+
+
+def _checksum(commit: dict[str, Any]) -> str:
+    return hashlib.blake2b(dumps(commit).encode(), digest_size=8).hexdigest()

@@ -1,0 +1,136 @@
+"""What one round leaves in the record: its row, its tables, and the clocks it advanced."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from agents.agent import Agent, Learned
+from envs.feedback import rho_post
+from envs.monitor import CostMonitor
+from envs.types import STRATA, VOTE_SKIP, VOTES, Labels, Responses, Truth
+from sim.config import Config
+from sim.evaluate import Evaluation
+from sim.scenario import Scenario
+
+
+@dataclass
+class Clocks:
+    """The clocks an exit time can be told in; rounds are not comparable across learners."""
+
+    labels: int = 0
+    malicious_labels: int = 0
+    flips: int = 0
+    optimizer_steps: int = 0
+
+    def count(self, labels: Labels, truth: Truth, steps: int) -> None:
+        """Advance by the labels of one round; ``steps`` is the policy's total."""
+        cast = labels.vote != VOTE_SKIP
+        self.labels += int(cast.sum())
+        self.malicious_labels += int((truth.adversarial & cast).sum())
+        self.flips += int((labels.vote != truth.honest_vote).sum())
+        self.optimizer_steps = steps
+
+    def state_dict(self) -> dict[str, int]:
+        """All counts."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Restore :meth:`state_dict`."""
+        self.__dict__.update(state)
+
+
+def evaluation_row(
+    monitor: CostMonitor, evaluation: Evaluation, round: int, clocks: Clocks
+) -> dict[str, Any]:
+    """Feed the monitor; its verdict and the evaluation's metrics as columns."""
+    verdict = monitor.observe(
+        round, {"round": round, **asdict(clocks)}, evaluation.costs, evaluation.metrics
+    )
+    return {**evaluation.metrics, **verdict}
+
+
+def round_row(
+    round: int, utility: float, info: dict[str, Any], learned: Learned, clocks: Clocks
+) -> dict[str, Any]:
+    """The columns every round has, evaluated or not."""
+    labels, truth = info["labels"], info["truth"]
+    post = rho_post(labels, truth, learned.label_id, learned.target, learned.weight)
+    return {
+        "round": round,
+        "utility_served": float(utility),
+        "cost_served": float(info["cost"]),
+        "reward": learned.metrics.get("reward"),
+        "labels": int((labels.vote != VOTE_SKIP).sum()),
+        **{k: float(v) for k, v in info.items() if k.startswith("feedback/")},
+        "feedback/rho_post": post,
+        **{f"clock/{name}": value for name, value in asdict(clocks).items()},
+        **{k: v for k, v in learned.metrics.items() if k != "reward"},
+    }
+
+
+def label_tables(
+    config: Config,
+    agent: Agent,
+    responses: Responses,
+    info: dict[str, Any],
+    learned: Learned,
+    scenario: Scenario,
+    round: int,
+) -> dict[str, dict[str, Any]]:
+    """This round's parts of the tables ``labels``, ``truth`` and ``samples``."""
+    labels, truth = info["labels"], info["truth"]
+    final = {
+        name: _by_label(labels.label_id, learned.label_id, values)
+        for name, values in (("target", learned.target), ("final_weight", learned.weight))
+    }
+    log = {"label_id": labels.label_id, "adversarial": truth.adversarial}
+    log |= {"honest_vote": truth.honest_vote, "risk_relevant": truth.risk_relevant}
+    return {
+        "labels": {**labels._asdict(), **final},
+        "truth": log,
+        "samples": _samples(config, agent, responses, labels, truth),
+    }
+
+
+def _by_label(ids: np.ndarray, known: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """``values`` of ``known`` label ids laid out as ``ids``; weight and target 0 for skips."""
+    if not len(known):
+        return np.zeros(len(ids), np.float32)
+    order = np.argsort(known)
+    place = order[np.minimum(np.searchsorted(known, ids, sorter=order), len(known) - 1)]
+    return np.where(known[place] == ids, values[place], 0).astype(np.float32)
+
+
+def _samples(
+    config: Config, agent: Agent, responses: Responses, labels: Labels, truth: Truth
+) -> dict[str, Any]:
+    """The first comparisons of the round's items, in words."""
+    batch = len(responses.ids)
+    served = agent.served[-1]
+    mine = np.flatnonzero(labels.item // batch == served.round)[: config.samples_per_round]
+    row = labels.item[mine] % batch
+    prompts = served.sampled.sequences.prompt_ids.numpy()[:: responses.ids.shape[1]]
+    tokenizer = agent.policy.tokenizer
+
+    def words(ids: np.ndarray) -> list[str]:
+        return tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    a, b = labels.a[mine], labels.b[mine]
+    return {
+        "round": labels.round[mine],
+        "label_id": labels.label_id[mine],
+        "item": labels.item[mine],
+        "prompt": words(prompts[row]),
+        "answer_a": words(responses.ids[row, a]),
+        "answer_b": words(responses.ids[row, b]),
+        "vote": [VOTES[v] for v in labels.vote[mine]],
+        "honest_vote": [VOTES[v] for v in truth.honest_vote[mine]],
+        "annotator": labels.annotator[mine],
+        "adversarial": truth.adversarial[mine],
+        "stratum": [STRATA[s] for s in truth.stratum[row]],
+        "cost_a": truth.cost[row, a],
+        "cost_b": truth.cost[row, b],
+    }

@@ -1,0 +1,114 @@
+"""The loop, once: prompts -> sample -> label -> reward model -> learner -> monitor -> record.
+
+Everything else (command line, sweeps, notebooks) calls :func:`run`. A run directory can be left at any
+moment, by kill -9 too, and continued by the same function with ``resume=True``, byte for byte.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from agents.learners.update import Diverged
+from sim.config import Config
+from sim.factory import make_agent, make_env, make_evaluator, make_monitor
+from sim.manifest import manifest
+from sim.listener import Listener, Silent
+from sim.record import Record
+from sim.rows import Clocks, evaluation_row, label_tables, round_row
+from sim.scenario import make_scenario
+from sim.summary import summarise
+
+
+def run(
+    config: Config, out: Path | str, resume: bool = False, listener: Listener | None = None
+) -> dict[str, Any]:
+    """Run the experiment of ``config`` in directory ``out``; returns its summary.
+
+    Args:
+        config: what to run.
+        out: a new directory, or with ``resume`` an unfinished or extended one.
+        resume: continue from the last intact checkpoint.
+        listener: told of every round; progress bars are listeners.
+
+    Raises:
+        ValueError: bad configuration, or a directory that exists (or does not, with ``resume``).
+    """
+    listener = listener or Silent()
+    torch.set_num_threads(config.threads)
+    scenario = make_scenario(config)
+    env = make_env(config, scenario)
+    agent = make_agent(config, scenario)
+    evaluate = make_evaluator(config, scenario)
+    monitor = make_monitor(config)
+    clocks = Clocks()
+    record = Record(Path(out)) if resume else Record.create(Path(out), manifest(config, scenario))
+
+    observation, _ = env.reset(seed=config.seed)
+    restored = record.restore() if resume else None
+    if restored is not None:
+        start, state = restored
+        agent.load_state_dict(state["agent"])
+        monitor.load_state_dict(state["monitor"])
+        clocks.load_state_dict(state["clocks"])
+        observation = env.unwrapped.load_state_dict(state["env"])
+
+    def measure(round: int) -> dict[str, Any]:
+        """Evaluate the policy after ``round`` updates, and keep its weights."""
+        record.save_policy(round, agent.policy.model.state_dict())
+        return evaluation_row(monitor, evaluate(agent, round), round, clocks)
+
+    def save(round: int) -> None:
+        parts = {"agent": agent, "monitor": monitor, "clocks": clocks, "env": env.unwrapped}
+        record.checkpoint(round, {name: part.state_dict() for name, part in parts.items()})
+
+    if restored is None:
+        start = 0
+        record.write(0, {"round": 0, **measure(0)})
+        save(0)
+    listener.start(config, start, config.rounds)
+    diverged = None
+    for round in range(start + 1, config.rounds + 1):
+        began = time.perf_counter()
+        try:
+            responses = agent.act(observation)  # what users are shown
+            observation, utility, _, _, info = env.step(responses.ids)  # people label it
+            learned = agent.learn(info["labels"])  # reward model, then policy
+            clocks.count(info["labels"], info["truth"], agent.stack.ctx.step)
+            due = round % config.evaluation.every == 0 or round == config.rounds
+            measured = measure(round) if due else {}
+        except Diverged as failure:
+            diverged = {"round": round, "reason": str(failure)}
+            break
+        row = round_row(round, utility, info, learned, clocks) | measured
+        tables = label_tables(config, agent, responses, info, learned, scenario, round)
+        record.write(round, row, tables, {"seconds": time.perf_counter() - began})
+        if round % config.checkpoint_every == 0 or round == config.rounds:
+            save(round)
+        listener.round(row)
+        if config.evaluation.stop_on_exit and monitor.confirmed:
+            break
+
+    summary = summarise(config, scenario, agent, evaluate, monitor, record, diverged)
+    record.finish(summary)
+    listener.finish(summary)
+    return summary
+
+
+def load_config(path: Path | str) -> Config:
+    """The configuration a run directory was started with.
+
+    Raises:
+        ValueError: no readable manifest there.
+    """
+    import json
+
+    from sim.config import from_dict
+
+    file = Path(path) / "manifest.json"
+    if not file.is_file():
+        raise ValueError(f"run={str(path)!r} has no manifest.json; allowed: a run directory")
+    return from_dict(json.loads(file.read_text())["config"])

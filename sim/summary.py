@@ -1,0 +1,91 @@
+"""The end of a run: its outcome, its exit times, and the true crossing behind them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from agents.agent import Agent
+from envs.monitor import CostMonitor
+from sim.config import Config
+from sim.evaluate import Evaluator
+from sim.record import Record
+from sim.scenario import Scenario
+
+
+def summarise(
+    config: Config,
+    scenario: Scenario,
+    agent: Agent,
+    evaluate: Evaluator,
+    monitor: CostMonitor,
+    record: Record,
+    diverged: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Everything ``summary.json`` says of one run."""
+    rows = [json.loads(line) for line in (record.path / "rounds.jsonl").read_text().splitlines()]
+    measured = [row for row in rows if row.get("safety/harm") is not None]
+    first, last = measured[0], measured[-1]
+    crossing = None
+    if config.evaluation.n_true:
+        crossing = true_crossing(config, agent, evaluate, record, measured)
+    summary = monitor.summary(diverged=diverged is not None)
+    return {
+        **summary,
+        "diverged": diverged,
+        "exit_true": crossing,
+        "exit_true_n": config.evaluation.n_true,
+        "help_start": first["helpfulness"],
+        "help_end": last["helpfulness"],
+        "help_gain": last["helpfulness"] - first["helpfulness"],
+        "harm_start": first["safety/harm"],
+        "harm_end": last["safety/harm"],
+        "learner": config.learner_name,
+        "attack": config.attack.name,
+        "rho": config.attack.rho,
+        "defences": list(config.defences),
+        "seed": config.seed,
+        "world_seed": config.world.seed,
+        "model_seed": config.world.model_seed,
+        "rounds": rows[-1]["round"],
+        "harm_source": scenario.harm_source,
+    }
+
+
+def true_crossing(
+    config: Config,
+    agent: Agent,
+    evaluate: Evaluator,
+    record: Record,
+    measured: list[dict[str, Any]],
+) -> dict[str, Any] | None:
+    """First evaluated policy whose cost on ``n_true`` fresh samples exceeds the limit.
+
+    The saved policies are bisected between the last that is measured safe and the one of greatest harm,
+    assuming a single crossing in between; None when even that one is truly inside the set.
+    """
+    from safetensors.torch import load_file
+
+    limit, n = config.evaluation.cost_limit, config.evaluation.n_true
+    final = {k: v.clone() for k, v in agent.policy.model.state_dict().items()}
+
+    def unsafe(index: int) -> bool:
+        round = measured[index]["round"]
+        agent.policy.model.load_state_dict(load_file(record.policy_path(round)))
+        return bool(evaluate.true_cost(agent, n, round).mean() > limit)
+
+    worst = max(range(len(measured)), key=lambda i: measured[i]["safety/harm"])
+    low, high = -1, next((i for i, row in enumerate(measured) if row["safety/harm"] > limit), worst)
+    try:
+        if not unsafe(high):  # the naive exit was noise: look at the most harmful policy
+            low, high = high, worst
+            if high <= low or not unsafe(high):
+                return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if unsafe(middle) else (middle, high)
+    finally:
+        agent.policy.model.load_state_dict(final)
+    row = measured[high]
+    clocks = {k.removeprefix("clock/"): v for k, v in row.items() if k.startswith("clock/")}
+    return {"round": row["round"], **clocks}
