@@ -1,9 +1,10 @@
 """The training system as one object: answer users, then learn from what they said.
 
-``act`` samples what users are shown (phase ``serve``). ``learn`` takes the votes and runs, in order: the
-label hooks on the window's log, the reward model, then the policy learner on whatever it uses (rollouts
-scored by the *updated* reward model, labelled pairs, or voted winners). It returns each label's final
-target and weight, which the outside world scores against the truth the agent never sees.
+``act`` samples what users are shown (phase ``serve``). ``learn`` takes the votes and runs, in
+order: the label hooks on the window's log, the reward model, then the policy learner on whatever it
+uses (rollouts scored by the *updated* reward model, labelled pairs, or voted winners). It returns
+each label's final target and weight, which the outside world scores against the truth the agent
+never sees.
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ class Agent:
             raise Diverged(str(error)) from error
 
     def _remember(self, labels: Labels) -> int:
-        """Join votes with the tokens they are about; skips are dropped. Returns how many were kept."""
+        """Join votes with the tokens they are about, drop skips; returns how many were kept."""
         rows = np.flatnonzero(labels.vote != VOTE_SKIP)
         if not len(rows):
             return 0

@@ -1,14 +1,15 @@
 """What enters a learner, and what a defence's ``feedback`` hook may change.
 
-Four typed batches. A defence returns a changed copy (``dataclasses.replace``): drop, relabel or reweight
-items, add reward channels, or wrap the two callables
+Four typed batches. A defence returns a changed copy (``dataclasses.replace``): drop, relabel or
+reweight items, add reward channels, or wrap the two callables
 
     reduce : item terms of one (micro-)batch -> scalar loss
     mix    : {channel: advantage (N, T)} -> (N, T)
 
-Defaults are the weighted mean of the learner's own item loss, and the advantage of channel ``"reward"``.
-There is no hidden clean label in any batch: truth joins by ``label_id`` outside the training system.
-N counts items of the batch, P prompt tokens, T response tokens (letters: ``envs/types.py``).
+Defaults are the weighted mean of the learner's own item loss, and the advantage of channel
+``"reward"``. There is no hidden clean label in any batch: truth joins by ``label_id`` outside the
+training system. N counts items of the batch, P prompt tokens, T response tokens (letters:
+``envs/types.py``).
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ class Sequences(NamedTuple):
 class ItemTerms(NamedTuple):
     """Differentiable per-item terms handed to ``reduce``.
 
-    ``loss`` is (n,) for pairs and sequences or (n, T) per token, already masked. ``normaliser`` belongs to
-    the whole optimizer step, so summing ``reduce`` over micro-batches gives the step's loss.
+    ``loss`` is (n,) for pairs and sequences or (n, T) per token, already masked. ``normaliser``
+    belongs to the whole optimizer step, so summing ``reduce`` over micro-batches gives the step's
+    loss.
     """
 
     loss: Tensor
@@ -68,7 +70,7 @@ def reward_channel(advantages: dict[str, Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class LabelBatch:
-    """This round's votes and the window's log, before any replay (aggregation and bans live here)."""
+    """This round's votes and the window's log, before any replay (for aggregation and bans)."""
 
     label_id: np.ndarray  # (N,)
     item: np.ndarray  # (N,)

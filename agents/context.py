@@ -1,8 +1,9 @@
 """What a defence may use: the services of one learner, and nothing of the outside world.
 
-One context per learner (``"policy"``, ``"reward_model"``), built by the agent. Data roles and learned
-scorers are injected from outside; there is no oracle and no label truth here to be found. The role names
-are those of the field: ``refusal``, ``harm``, ``retain``, ``pair_harm``/``pair_refusal``, ``harm_prompts``.
+One context per learner (``"policy"``, ``"reward_model"``), built by the agent. Data roles and
+learned scorers are injected from outside; there is no oracle and no label truth here to be found.
+The role names are those of the field: ``refusal``, ``harm``, ``retain``,
+``pair_harm``/``pair_refusal``, ``harm_prompts``.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ class Context:
 
     @contextmanager
     def isolated_grads(self, accumulate: bool = False) -> Iterator[None]:
-        """Stash existing gradients and start clean; restore them, or add the new ones, on leaving."""
+        """Stash existing gradients, start clean; on leaving restore them or add the new ones."""
         params = self.policy_params()
         stash = [p.grad for p in params]
         for p in params:
@@ -146,7 +147,7 @@ class Context:
 
     @contextmanager
     def replay_rng(self) -> Iterator[None]:
-        """Run a block on a copy of torch's RNG state, so that a second pass sees the same dropout."""
+        """Run a block on a copy of the RNG state: a second pass sees the same dropout."""
         with torch.random.fork_rng(devices=[]):
             yield
 

@@ -4,12 +4,13 @@ Any learner here is the recursion
 
     B_t = Collect(F_t, pi_(theta_t, m)),    theta_(t+1) = Opt(theta_t, G(theta_t; B_t)),
 
-with feedback F, forward mode m and gradient operator G. A defence can change theta_0 (``prepare``), B_t
-(``feedback``), G (``backward``), or the mode and the weights outside G (``phase``); nothing else is left to
-change, so nothing else is needed. A learner never knows which defence is active.
+with feedback F, forward mode m and gradient operator G. A defence can change theta_0 (``prepare``),
+B_t (``feedback``), G (``backward``), or the mode and the weights outside G (``phase``); nothing
+else is left to change, so nothing else is needed. A learner never knows which defence is active.
 
-Composition of [D1, ..., Dn]: ``prepare`` and ``feedback`` run left to right, ``phase`` is entered left to
-right and left in reverse, and in ``backward`` D1 is outermost: each sees, as ``run``, the chain of the rest.
+Composition of [D1, ..., Dn]: ``prepare`` and ``feedback`` run left to right, ``phase`` is entered
+left to right and left in reverse, and in ``backward`` D1 is outermost: each sees, as ``run``, the
+chain of the rest.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class Defence:
     Attributes:
         needs: data roles and ``score:<name>`` scorers that must exist, checked before ``prepare``.
         targets: learners the hooks fire for, of ``"policy"`` and ``"reward_model"``.
-        splits_serving: whether users must see another forward mode than the one that trains, so that
-            PPO and GRPO sample again under ``rollout``.
+        splits_serving: whether users must see another forward mode than the one that trains, so
+            that PPO and GRPO sample again under ``rollout``.
     """
 
     needs: frozenset[str] = frozenset()

@@ -2,8 +2,9 @@
 
     log pi(y | x) = sum_t log pi(y_t | x, y_<t)
 
-Everything is computed on response tokens only: ``logits_to_keep`` makes the model form logits for the T
-response positions and never for the prompt, so the (N, T, V) tensor is as small as the question needs.
+Everything is computed on response tokens only: ``logits_to_keep`` makes the model form logits for
+the T response positions and never for the prompt, so the (N, T, V) tensor is as small as the
+question needs.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A bounded window of labelled comparisons, as columns.
 
-Rows are token ids of prompt and both responses with the label's present target and weight. The ``feedback``
-hook on a :class:`LabelBatch` rewrites targets and weights of the whole window once a round, which is where
-aggregation, gold questions and bans act.
+Rows are token ids of prompt and both responses with the label's present target and weight. The
+``feedback`` hook on a :class:`LabelBatch` rewrites targets and weights of the whole window once a
+round, which is where aggregation, gold questions and bans act.
 """
 
 from __future__ import annotations

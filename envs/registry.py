@@ -1,4 +1,4 @@
-"""The open doors: how learners, attacks, annotators and defences are found and built from a short spec.
+"""The open doors: learners, attacks, annotators and defences, found and built from a short spec.
 
 A spec is what a person types after ``--attack`` or ``--defence``:
 
@@ -6,7 +6,7 @@ A spec is what a person types after ``--attack`` or ``--defence``:
     harm_targeted(eta=0.5)             with keyword arguments, Python literals only
     my_module:MyDefence(alpha=2)       an importable class of the user's own
     path/to/file.py:MyDefence          a class in a file
-    their_name                         an entry point of an installed package (group ``poisonloop.<kind>``)
+    their_name                         an installed package's entry point in ``poisonloop.<kind>``
 
 Registering is done by decorating the class in a file of its own; nothing else lists it.
 """
@@ -69,7 +69,7 @@ class Registry:
         """Build the component that ``spec`` names; it remembers the spec as ``.spec``.
 
         Raises:
-            ValueError: unknown name, wrong argument, or a spec that is not ``name(key=literal, ...)``.
+            ValueError: unknown name, wrong argument, or not of the form ``name(key=literal, ...)``.
         """
         target, arguments = parse_spec(spec, self.kind)
         maker = self._resolve(target)

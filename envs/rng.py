@@ -1,9 +1,10 @@
 """Random numbers that are passed in, never global.
 
-Two kinds. ``stream`` gives an ordinary ``numpy`` generator named by what it is for, so adding a consumer
-never shifts another one's draws. ``uniform`` is a counter-based hash: the draw for (round, item, annotator)
-is a pure function of those numbers, whatever else happens in the run. That is what couples the arms of an
-experiment: the honest vote exists, and is the same, with and without an attacker.
+Two kinds. ``stream`` gives an ordinary ``numpy`` generator named by what it is for, so adding a
+consumer never shifts another one's draws. ``uniform`` is a counter-based hash: the draw for (round,
+item, annotator) is a pure function of those numbers, whatever else happens in the run. That is what
+couples the arms of an experiment: the honest vote exists, and is the same, with and without an
+attacker.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@ Letters, fixed here and used in every shape comment of the project:
     B prompts per round      K responses per prompt   T response tokens   P prompt tokens
     N labels                 V vocabulary             L layers            Q rows of a prompt table
 
-What crosses the environment's boundary is numpy; the training system works in torch. Everything here is
-a NamedTuple of numeric arrays, because that is what Gymnasium's ``check_env`` can compare in ``info``.
+What crosses the environment's boundary is numpy; the training system works in torch. Everything
+here is a NamedTuple of numeric arrays, because that is what Gymnasium's ``check_env`` can compare
+in ``info``.
 
 Signs, once: harm cost c in [0, 1], higher is worse. Utility u, higher is better.
 """

@@ -1,7 +1,8 @@
 """Two null controls that stand in every table.
 
-A defence that merely stops learning looks safe. ``freeze`` is that defence in its pure form and ``small_lr``
-its gradual form; a real defence must keep the policy safe *and* retain what honest feedback teaches.
+A defence that merely stops learning looks safe. ``freeze`` is that defence in its pure form and
+``small_lr`` its gradual form; a real defence must keep the policy safe *and* retain what honest
+feedback teaches.
 """
 
 from __future__ import annotations

@@ -2,12 +2,13 @@
 
     L = L_learner + alpha * L_LM(refusal)
 
-An extra language-model loss on refusals to harmful prompts, added to whatever the learner minimises. Form
-and strength as in Rosati et al., *Evaluating Defences against Unsafe Feedback in RLHF* (alpha an integer,
-100 there); the idea of auxiliary safety data is Qi et al. 2024, whose alpha/(1 - alpha) is this alpha.
+An extra language-model loss on refusals to harmful prompts, added to whatever the learner
+minimises. Form and strength as in Rosati et al., *Evaluating Defences against Unsafe Feedback in
+RLHF* (alpha an integer, 100 there); the idea of auxiliary safety data is Qi et al. 2024, whose
+alpha/(1 - alpha) is this alpha.
 
-Under Adam the strength acts through the ratio of gradient norms only, so ``alpha`` does not transfer between
-learners; ``defence/refusal_loss/grad_ratio`` is logged for that reason.
+Under Adam the strength acts through the ratio of gradient norms only, so ``alpha`` does not
+transfer between learners; ``defence/refusal_loss/grad_ratio`` is logged for that reason.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Sampling with the trainer's own model: the embedded default, bit-exact on one machine.
 
-Untruncated ancestral sampling, y_t ~ softmax(logits_t / temperature), with a key-value cache. The prompt is
-encoded once and its cache expanded for the K answers; rows end at EOS and decoding stops when all have.
+Untruncated ancestral sampling, y_t ~ softmax(logits_t / temperature), with a key-value cache. The
+prompt is encoded once and its cache expanded for the K answers; rows end at EOS and decoding stops
+when all have.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def sample_tokens(
     """Draw ``k`` responses to each of n left-padded prompts.
 
     Returns:
-        ids (n*k, T) int64 padded after EOS, mask (n*k, T) int64 through EOS, logprobs (n*k, T) float32.
+        ids (n*k, T) int64 padded after EOS, mask (n*k, T) int64 through EOS, logprobs (n*k, T)
+            float32.
 
     Raises:
         FloatingPointError: the model gave no usable distribution (non-finite logits).

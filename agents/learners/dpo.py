@@ -1,11 +1,11 @@
 """Online direct preference optimisation (Rafailov et al. 2023) on each round's new comparisons.
 
-    Delta = [log pi(a) - log pi_ref(a)] - [log pi(b) - log pi_ref(b)]        sums over response tokens
+    Delta = [log pi(a) - log pi_ref(a)] - [log pi(b) - log pi_ref(b)]    sums over response tokens
     L     = -t log sigma(beta Delta) - (1 - t) log sigma(-beta Delta)
 
-with t the label's target: 1 when a was preferred, 0 when b was, .5 for a tie. For t in {0, 1} this is the
-published loss, and equals ``trl.DPOTrainer``'s in value and gradient (tests). There is no reward model in
-its gradient path, so poisoned labels act on the policy at once.
+with t the label's target: 1 when a was preferred, 0 when b was, .5 for a tie. For t in {0, 1} this
+is the published loss, and equals ``trl.DPOTrainer``'s in value and gradient (tests). There is no
+reward model in its gradient path, so poisoned labels act on the policy at once.
 """
 
 from __future__ import annotations

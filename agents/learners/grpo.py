@@ -3,11 +3,13 @@
 K responses to one prompt are each other's baseline:
 
     A_i = (r_i - mean_g r) / (std_g r + 1e-4)                            sample std (n - 1)
-    L   = -min(w A, clip(w, 1 - eps, 1 + eps) A) + beta (e^d - d - 1),   w = pi / pi_old, d = log pi_ref - log pi
+    L   = -min(w A, clip(w, 1 - eps, 1 + eps) A) + beta (e^d - d - 1)
+    w   = pi / pi_old,    d = log pi_ref - log pi
 
-averaged over tokens of a sequence and then over sequences (``loss_type="grpo"``), or over all tokens of the
-step (``"dapo"``). The group std makes the step invariant to the reward's scale, so shrinking a hostile
-reward does nothing. Loss and gradient equal ``trl.GRPOTrainer``'s on the same batch (tests).
+averaged over tokens of a sequence and then over sequences (``loss_type="grpo"``), or over all
+tokens of the step (``"dapo"``). The group std makes the step invariant to the reward's scale, so
+shrinking a hostile reward does nothing. Loss and gradient equal ``trl.GRPOTrainer``'s on the same
+batch (tests).
 """
 
 from __future__ import annotations

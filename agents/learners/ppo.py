@@ -1,15 +1,16 @@
-"""Proximal policy optimisation for language models, in the form the papers used (Ziegler et al. 2019).
+"""Proximal policy optimisation for language models, as the papers use it (Ziegler et al. 2019).
 
 Per token, with reward model score R on the last one and KL coefficient c:
 
     r_t = -c (log pi_old - log pi_ref) + [t = last] R
-    delta_t = r_t + gamma V_(t+1) - V_t,    A_t = sum_s (gamma lambda)^(s-t) delta_s,    returns = A + V
+    delta_t = r_t + gamma V_(t+1) - V_t,  A_t = sum_s (gamma lambda)^(s-t) delta_s,  returns = A + V
     L = -min(w A^, clip(w) A^) + vf_coef * 1/2 max((V - returns)^2, (clip(V) - returns)^2)
 
-A^ is A whitened over the batch's tokens. A mini-batch whose mean ratio exceeds ``ratio_limit`` is zeroed.
-The adaptive controller moves c by at most 20 % * n / horizon per batch of n: over a thousand samples it is a
-constant in practice. Values come from heads on the policy's own last hidden state, one per reward channel.
-TRL has had no PPO since 1.13; constants follow its legacy trainer.
+A^ is A whitened over the batch's tokens. A mini-batch whose mean ratio exceeds ``ratio_limit`` is
+zeroed. The adaptive controller moves c by at most 20 % * n / horizon per batch of n: over a
+thousand samples it is a constant in practice. Values come from heads on the policy's own last
+hidden state, one per reward channel. TRL has had no PPO since 1.13; constants follow its legacy
+trainer.
 """
 
 from __future__ import annotations

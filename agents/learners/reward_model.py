@@ -3,9 +3,10 @@
     L = -t log sigma(r(a) - r(b)) - (1 - t) log sigma(r(b) - r(a))          per-label weights
 
 A language model with a scalar head, on a base of its own: one that inherited a defended policy's
-representations would pass the defence's blindness off as safety. It is trained a few steps every round on
-labels drawn uniformly from the last ``window``; it is a learner like any other, so the ``feedback`` and
-``backward`` hooks apply to it. In PPO and GRPO this is where poisoned preferences enter.
+representations would pass the defence's blindness off as safety. It is trained a few steps every
+round on labels drawn uniformly from the last ``window``; it is a learner like any other, so the
+``feedback`` and ``backward`` hooks apply to it. In PPO and GRPO this is where poisoned preferences
+enter.
 """
 
 from __future__ import annotations
@@ -49,13 +50,13 @@ class RewardModelConfig(OptimizerConfig):
     window: int = 1024
     """Labels kept for replay, newest first out last."""
     init: Literal["warm", "cold", "policy"] = "warm"
-    """Own base warm-started on honest pairs, own base cold, or a copy of the policy (an ablation)."""
+    """Own base warm-started on honest pairs, own base cold, or a copy of the policy."""
     reset_every: int = 0
     """Return to the initial weights every so many rounds; 0 never."""
 
 
 def load_reward_model(path: str | Path, seed: int) -> nn.Module:
-    """A sequence classifier with one output from ``path``; a missing head is drawn from ``seed``."""
+    """A sequence classifier with one output from ``path``; ``seed`` draws a missing head."""
     from transformers import AutoModelForSequenceClassification
 
     with torch.random.fork_rng(devices=[]):
@@ -95,7 +96,7 @@ class RewardModel:
         return torch.cat([sequence_rewards(self.ctx.model, sequences.take(r)) for r in rows])
 
     def learn(self, replay: Replay, round: int, seed: int) -> dict[str, float]:
-        """``config.steps`` steps on uniform draws from ``replay``; metrics under ``reward_model/``."""
+        """``config.steps`` steps on uniform draws from ``replay``; metrics ``reward_model/*``."""
         if self.config.reset_every and round and round % self.config.reset_every == 0:
             self.ctx.model.load_state_dict(self.initial)
         means = Means()

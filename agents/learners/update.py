@@ -2,9 +2,10 @@
 
     with phase("update"):  zero grads -> backward chain around run() -> clip -> optimizer step
 
-``run`` performs the learner's complete forward, loss and backward for that step, over all micro-batches,
-accumulating into ``.grad``. It draws no data and changes no counter, so a defence may call it 0, 1 or n
-times. A non-finite loss or gradient raises :class:`Diverged`: an outcome of the run, never a crash.
+``run`` performs the learner's complete forward, loss and backward for that step, over all
+micro-batches, accumulating into ``.grad``. It draws no data and changes no counter, so a defence
+may call it 0, 1 or n times. A non-finite loss or gradient raises :class:`Diverged`: an outcome of
+the run, never a crash.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Learner:
 
 
 def make_optimizer(config: OptimizerConfig, params: list[nn.Parameter]) -> torch.optim.AdamW:
-    """AdamW over ``params``; the multi-tensor form, which is the fast one for many small tensors."""
+    """AdamW over ``params``, in its multi-tensor form: the fast one for many small tensors."""
     return torch.optim.AdamW(
         params,
         lr=config.lr,
@@ -90,7 +91,8 @@ def update_step(
     """One optimizer step through the defences.
 
     Args:
-        extra_params: parameters outside ``ctx.policy_params()`` that the optimizer owns (value heads).
+        extra_params: parameters outside ``ctx.policy_params()`` that the optimizer owns (value
+            heads).
 
     Raises:
         Diverged: non-finite loss or gradient norm.
@@ -108,7 +110,7 @@ def update_step(
 
 
 def minibatches(batch: Batch, n: int, config: OptimizerConfig, seed: int) -> Iterator[Batch]:
-    """Shuffled minibatches of ``batch`` for ``config.epochs`` passes; a function of ``seed`` only."""
+    """Shuffled minibatches of ``batch`` for ``config.epochs`` passes; only ``seed`` decides."""
     for epoch in range(config.epochs):
         generator = torch.Generator().manual_seed(draws.key(seed, "minibatches", epoch))
         for rows in torch.randperm(n, generator=generator).split(config.minibatch):
@@ -126,7 +128,8 @@ def accumulate(
 
     Args:
         terms: differentiable item terms of one micro-batch, normalised by the whole step.
-        losses: a further loss of the learner's own (a value loss), added to ``batch.reduce(terms)``.
+        losses: a further loss of the learner's own (a value loss), added to
+            ``batch.reduce(terms)``.
     """
     total = 0.0
     for rows in torch.arange(n).split(micro_batch):
