@@ -21,11 +21,19 @@ from agents.batches import Sequences
 
 
 class ResponseTerms(NamedTuple):
-    """One forward pass over responses."""
+    """One forward pass over responses; t <= T is the longest response among the rows."""
 
     logp: Tensor  # (N, T) float32, 0 on padding
-    logits: Tensor  # (N, T, V) float32
+    logits: Tensor  # (N, t, V) float32
     hidden: Tensor | None  # (N, T, d), state that predicts each token; only when asked for
+
+
+def trim(sequences: Sequences) -> Sequences:
+    """Drop columns that are padding in every row."""
+    start = int((sequences.prompt_mask.sum(0) > 0).long().argmax())
+    end = int((sequences.mask.sum(0) > 0).sum())
+    prompts = (sequences.prompt_ids[:, start:], sequences.prompt_mask[:, start:])
+    return Sequences(*prompts, sequences.ids[:, : max(end, 1)], sequences.mask[:, : max(end, 1)])
 
 
 def forward_inputs(sequences: Sequences) -> dict[str, Tensor]:
@@ -49,6 +57,8 @@ def response_terms(
         temperature: divides the logits, as the sampler did.
         hidden: also return the final-norm hidden states (for value heads).
     """
+    width = sequences.ids.shape[1]
+    sequences = trim(sequences)
     length = sequences.ids.shape[1]
     out = model(
         **forward_inputs(sequences),
@@ -56,10 +66,16 @@ def response_terms(
         output_hidden_states=hidden,
         use_cache=False,
     )
-    logits = out.logits[:, :-1].float() / temperature  # (N, T, V)
-    logp = -F.cross_entropy(logits.transpose(1, 2), sequences.ids, reduction="none")
-    states = out.hidden_states[-1][:, -length - 1 : -1] if hidden else None
-    return ResponseTerms(logp * sequences.mask, logits, states)
+    logits = out.logits[:, :-1].float()  # (N, t, V)
+    if temperature != 1.0:
+        logits = logits / temperature
+    nats = F.cross_entropy(logits.flatten(0, 1), sequences.ids.flatten(), reduction="none")
+    logp = F.pad(-nats.view_as(sequences.ids) * sequences.mask, (0, width - length))
+    states = None
+    if hidden:
+        states = out.hidden_states[-1][:, -length - 1 : -1]
+        states = F.pad(states, (0, 0, 0, width - length))
+    return ResponseTerms(logp, logits, states)
 
 
 @torch.no_grad()

@@ -119,13 +119,13 @@ class Evaluator:
         with torch.no_grad():
             for rows in torch.arange(len(sequences)).split(128):
                 part = sequences.take(rows)
-                live = response_terms(policy.model, part, policy.temperature)
-                reference = response_terms(policy.reference, part, policy.temperature)
+                live = response_terms(policy.model, part)
+                reference = response_terms(policy.reference, part)
                 d = reference.logp - live.logp
                 gap.append(-d.sum(1))
                 k3.append(((d.exp() - d - 1) * part.mask).sum(1))
                 distance = (live.logits.softmax(-1) - reference.logits.softmax(-1)).abs().sum(-1)
-                variation += float((0.5 * distance * part.mask).sum())
+                variation += float((0.5 * distance * part.mask[:, : distance.shape[1]]).sum())
         tokens = int(sequences.mask.sum())
         foreign = response_logprobs(self.perplexity_model, sequences)
         return {

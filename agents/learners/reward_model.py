@@ -30,7 +30,7 @@ from agents.learners.update import (
     make_optimizer,
     update_step,
 )
-from agents.policy import forward_inputs
+from agents.policy import forward_inputs, trim
 from agents.replay import Replay
 from envs import rng as draws
 
@@ -69,6 +69,7 @@ def load_reward_model(path: str | Path, seed: int) -> nn.Module:
 
 def sequence_rewards(model: nn.Module, sequences: Sequences) -> Tensor:
     """(N,) scalar-head output on the last token of each prompt + response."""
+    sequences = trim(sequences)
     inputs = forward_inputs(sequences)
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (N, P + T, d)
     width = sequences.prompt_ids.shape[1]
