@@ -1,0 +1,35 @@
+# Each target does all its own set-up; `make venv` is a no-op when nothing has changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: venv demo test lint format
+
+venv: $(VENV)/.installed
+
+# torch comes first and at its pinned version: a range would pull gigabytes of CUDA packages.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("poisonloop needs Python >= 3.11 and found " + sys.version.split()[0] + "; try make PYTHON=/path/to/python" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e ".[dev]"
+	@touch $@
+
+demo: venv
+	$(BIN)/poisonloop sweep --demo --out runs/demo
+
+test: venv
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
