@@ -60,7 +60,7 @@ class CostMonitor:
         watched: Mapping[str, float] | None = None,
     ):
         self.constraints = dict(constraints or {"harm": 0.25})
-        self.watched = dict(watched or {})
+        self.watched = {k: b for k, b in (watched or {}).items() if k not in self.constraints}
         if "harm" not in self.constraints:
             raise ValueError(
                 f"constraints: {sorted(self.constraints)}; allowed: any costs, 'harm' among them"
@@ -70,7 +70,7 @@ class CostMonitor:
         self.alpha = alpha
         self.level = alpha / len(self.constraints)
         self._processes = {
-            name: EProcess(limit) for name, limit in {**self.watched, **self.constraints}.items()
+            name: EProcess(limit) for name, limit in {**self.constraints, **self.watched}.items()
         }
         self._curve = {f"{b:.2f}": EProcess(b) for b in THRESHOLDS}
         self._collapse = CollapseRule()
@@ -87,8 +87,16 @@ class CostMonitor:
         }
         self.extend(planned)
 
+    @property
+    def planned(self) -> int:
+        """J as it stands."""
+        return self._state["planned"][-1]
+
     def extend(self, planned: int) -> None:
-        """Fix J. Called again it keeps the e-process and re-judges the bracket with the new J."""
+        """Fix J. Called again it keeps the e-process and re-judges the bracket with the new J.
+
+        Evaluations beyond J, and loading the state of a shorter run, do the same by themselves.
+        """
         if planned < max(1, len(self._state["evaluations"])):
             raise ValueError(f"planned: {planned}; allowed: at least the evaluations already made")
         self._state["planned"].append(planned)
@@ -112,17 +120,19 @@ class CostMonitor:
             ``round`` and the row's ``safety/*`` values; JSON-valid.
 
         Raises:
-            ValueError: a constraint's costs are missing, empty or outside [0, 1], or J is used up.
+            ValueError: a constraint is not measured, or costs are empty or outside [0, 1].
         """
-        planned = self._state["planned"][-1]
-        if len(self._state["evaluations"]) >= planned:
-            raise ValueError(f"planned: all {planned} evaluations are used up; extend first")
         if missing := self.constraints.keys() - costs.keys():
-            raise ValueError(f"costs: {sorted(missing)} missing; allowed: every constraint's name")
+            raise ValueError(
+                f"constraints: {sorted(missing)} not measured; allowed: {sorted(costs)}"
+            )
+        done = len(self._state["evaluations"])
+        if done >= self._state["planned"][-1]:
+            self.extend(done + 1)
         when = {"rounds": round, **clocks}
         draws = {name: np.asarray(costs[name], float) for name in self._processes if name in costs}
         if not all(np.isfinite(values).all() for values in draws.values()):
-            self.diverge(when)
+            self._state["diverged"] = self._state["diverged"] or when
             return {"round": round, "safety/in_safe_set": None, "safety/occupied": False}
         for name, values in draws.items():
             if values.ndim != 1 or not values.size or values.min() < 0 or values.max() > 1:
@@ -134,10 +144,6 @@ class CostMonitor:
         if collapsed:
             self._state["collapsed"] = self._state["collapsed"] or when
         return row
-
-    def diverge(self, when: Mapping[str, float]) -> None:
-        """Record that training produced a non-finite number; ``when`` holds the clocks."""
-        self._state["diverged"] = self._state["diverged"] or dict(when)
 
     def _measure(self, draws: dict[str, np.ndarray], when: Clocks) -> dict[str, Any]:
         """Means, intervals and e-values of every cost; advances the e-processes."""
@@ -192,10 +198,18 @@ class CostMonitor:
         )
 
     @property
-    def outcome(self) -> str:
-        """One of ``OUTCOMES``."""
-        known = {"exited": self._state["exit_confirmed"], "safe": True}
-        known |= {name: self._state[name] for name in ("diverged", "collapsed")}
+    def confirmed(self) -> bool:
+        """Whether an exit is confirmed."""
+        return self._state["exit_confirmed"] is not None
+
+    def outcome(self, diverged: bool = False) -> str:
+        """Name the run's outcome, one of ``OUTCOMES``; ``diverged`` says that training did."""
+        known = {
+            "diverged": diverged or self._state["diverged"] is not None,
+            "exited": self.confirmed,
+            "collapsed": self._state["collapsed"] is not None,
+            "safe": True,
+        }
         return next(name for name in OUTCOMES if known[name])
 
     def bracket(self) -> tuple[int | None, int | None]:
@@ -209,7 +223,7 @@ class CostMonitor:
                 safe = evaluation["round"]
         return safe, None
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self, diverged: bool = False) -> dict[str, Any]:
         """Give the run's verdict; exits are dicts of clocks or None, ``bracket`` rounds or None."""
         state, past = self._state, self._state["evaluations"]
         low, high = self.bracket()
@@ -220,7 +234,7 @@ class CostMonitor:
             for dt, e in zip(steps, past, strict=True)
         )
         return {
-            "outcome": self.outcome,
+            "outcome": self.outcome(diverged),
             "exit_naive": state["exit_naive"],
             "exit_confirmed": state["exit_confirmed"],
             "exit_constraint": state["exit_constraint"],
@@ -253,7 +267,10 @@ class CostMonitor:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``'s output; constraints and alpha are the constructor's."""
+        planned = self._state["planned"][-1]
         self._state = copy.deepcopy(state["state"])
+        if planned > self._state["planned"][-1]:
+            self.extend(planned)
         self._collapse.load_state_dict(state["collapse"])
         for known, saved in ((self._processes, state["processes"]), (self._curve, state["curve"])):
             assert known.keys() == saved.keys(), "the saved monitor watched other costs"

@@ -111,11 +111,17 @@ def make_evaluator(config: Config, scenario: Scenario) -> Evaluator:
     )
 
 
-def make_monitor(config: Config) -> CostMonitor:
+def planned_evaluations(config: Config) -> int:
+    """J: the one before training, and one every ``evaluation.every`` rounds."""
+    return -(-config.rounds // config.evaluation.every) + 1
+
+
+def make_monitor(config: Config, scenario: Scenario) -> CostMonitor:
     """The CMDP cost monitor; J, the number of evaluations, is fixed here."""
     chosen = config.evaluation
     return CostMonitor(
         {"harm": chosen.cost_limit, **chosen.limits},
         alpha=chosen.alpha,
-        planned=-(-config.rounds // chosen.every) + 1,
+        planned=planned_evaluations(config),
+        watched={"harm_classifier": chosen.cost_limit} if scenario.classifier else {},
     )

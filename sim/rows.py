@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from envs.feedback import rho_post
 
 from agents.agent import Agent, Learned
-from envs.feedback import rho_post
-from envs.monitor import CostMonitor
+from envs.monitor import CostMonitor, Fluency
 from envs.types import STRATA, VOTE_SKIP, VOTES, Labels, Responses, Truth
 from sim.config import Config
 from sim.evaluate import Evaluation
@@ -46,10 +46,11 @@ def evaluation_row(
     monitor: CostMonitor, evaluation: Evaluation, round: int, clocks: Clocks
 ) -> dict[str, Any]:
     """Feed the monitor; its verdict and the evaluation's metrics as columns."""
-    verdict = monitor.observe(
-        round, {"round": round, **asdict(clocks)}, evaluation.costs, evaluation.metrics
-    )
-    return {**evaluation.metrics, **verdict}
+    metrics = evaluation.metrics
+    degenerate = sum(metrics[f"completions/{kind}"] for kind in ("empty", "echo", "gibberish"))
+    fluency = Fluency(metrics["perplexity"], degenerate, metrics["helpfulness"])
+    verdict = monitor.observe(round, asdict(clocks), evaluation.costs, fluency)
+    return {**metrics, **verdict}
 
 
 def round_row(

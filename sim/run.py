@@ -14,9 +14,15 @@ import torch
 
 from agents.learners.update import Diverged
 from sim.config import Config
-from sim.factory import make_agent, make_env, make_evaluator, make_monitor
-from sim.manifest import manifest
+from sim.factory import (
+    make_agent,
+    make_env,
+    make_evaluator,
+    make_monitor,
+    planned_evaluations,
+)
 from sim.listener import Listener, Silent
+from sim.manifest import manifest
 from sim.record import Record
 from sim.rows import Clocks, evaluation_row, label_tables, round_row
 from sim.scenario import make_scenario
@@ -43,7 +49,7 @@ def run(
     env = make_env(config, scenario)
     agent = make_agent(config, scenario)
     evaluate = make_evaluator(config, scenario)
-    monitor = make_monitor(config)
+    monitor = make_monitor(config, scenario)
     clocks = Clocks()
     record = Record(Path(out)) if resume else Record.create(Path(out), manifest(config, scenario))
 
@@ -53,6 +59,8 @@ def run(
         start, state = restored
         agent.load_state_dict(state["agent"])
         monitor.load_state_dict(state["monitor"])
+        if monitor.planned < planned_evaluations(config):  # the run is extended
+            monitor.extend(planned_evaluations(config))
         clocks.load_state_dict(state["clocks"])
         observation = env.unwrapped.load_state_dict(state["env"])
 
