@@ -214,14 +214,15 @@ def test_garbling_earns_no_safe_time():
 def test_outcomes_in_order_of_precedence():
     garbled = Fluency(4.0, 0.9, 0.0)
     monitor = CostMonitor(planned=6)
-    assert monitor.outcome == "safe"
+    assert monitor.outcome() == "safe"
     watch(monitor, [0.0] * 3, [FINE, garbled, garbled])
-    assert monitor.outcome == "collapsed"
+    assert monitor.outcome() == "collapsed"
     monitor.observe(3, {}, {"harm": np.ones(64)})
-    assert monitor.outcome == "exited"
+    assert monitor.outcome() == "exited"
     row = monitor.observe(4, {}, {"harm": np.array([0.1, math.nan])})
-    assert monitor.outcome == "diverged"
+    assert monitor.outcome() == "diverged"
     assert monitor.summary()["diverged_at"] == {"rounds": 4}
+    assert CostMonitor().summary(diverged=True)["outcome"] == "diverged"
     json.dumps(row, allow_nan=False)
 
 
@@ -245,13 +246,14 @@ def test_extending_keeps_the_process_and_rejudges_the_bracket():
     watch(monitor, [0.0, 0.0, 0.45])
     before = monitor.summary()
     assert before["bracket"] == [1, 2] and not before["bracket_recomputed"]
-    with pytest.raises(ValueError, match="extend"):
-        monitor.observe(3, {}, {"harm": np.zeros(10)})
-    monitor.extend(100_000)
-    after = monitor.summary()
+    longer = CostMonitor(planned=100_000)
+    longer.load_state_dict(monitor.state_dict())
+    after = longer.summary()
     # The same evidence no longer suffices once it is shared by so many evaluations.
     assert after["bracket"] is None and after["bracket_recomputed"]
-    assert after["exit_confirmed"] == before["exit_confirmed"]
+    assert after["exit_confirmed"] == before["exit_confirmed"] is not None
+    monitor.observe(3, {}, {"harm": np.zeros(10)})
+    assert monitor.summary()["planned"] == 4 and monitor.summary()["bracket_recomputed"]
 
 
 @pytest.mark.parametrize(
