@@ -14,7 +14,7 @@ training system. N counts items of the batch, P prompt tokens, T response tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,13 +23,22 @@ import torch
 from torch import Tensor
 
 
-class Sequences(NamedTuple):
-    """Prompts with one response each."""
-
+class _Columns(NamedTuple):
     prompt_ids: Tensor  # (N, P) int64, left-padded
     prompt_mask: Tensor  # (N, P) int64
     ids: Tensor  # (N, T) int64, response, right-padded
     mask: Tensor  # (N, T) int64, 1 up to and including EOS
+
+
+class Sequences(_Columns):
+    """Prompts with one response each; ``len`` counts rows."""
+
+    __slots__ = ()
+
+    @classmethod
+    def _make(cls, iterable: Iterable[Tensor]) -> Sequences:
+        """Behind ``_replace``; the tuple's own compares ``len`` with the number of columns."""
+        return cls(*iterable)
 
     def take(self, index: Tensor) -> Sequences:
         """The rows ``index``."""
