@@ -1,0 +1,222 @@
+"""Random two-layer models with a word-level tokenizer: a whole training system in milliseconds."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from agents.agent import Agent
+from agents.batches import PairBatch, Sequences
+from agents.context import Context, RoleData
+from agents.defence import DefenceStack, defences
+from agents.engines.transformers_engine import SamplerConfig, TransformersSampler
+from agents.learners import learners
+from agents.learners.reward_model import RewardModel, RewardModelConfig
+from agents.policy import Policy
+from agents.replay import Replay
+from envs.types import Labels
+
+PAD, BOS, EOS, UNK = range(4)
+WORDS = ("<pad>", "<s>", "</s>", "<unk>", "<user>", "<assistant>", *(f"w{i}" for i in range(14)))
+VOCABULARY = len(WORDS)
+PROMPT, ANSWER = 6, 5  # P and T
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'assistant' %} <assistant> {{ m['content'] }} {{ eos_token }}"
+    "{% else %} <user> {{ m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %} <assistant>{% endif %}"
+)
+
+
+class Tiny:
+    """Makers of tiny parts; every one is a pure function of its seed."""
+
+    vocabulary, eos, pad, prompt, answer = VOCABULARY, EOS, PAD, PROMPT, ANSWER
+
+    def tokenizer(self) -> Any:
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+        core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=core,
+            bos_token="<s>",
+            eos_token="</s>",
+            pad_token="<pad>",
+            unk_token="<unk>",
+            padding_side="left",
+        )
+        tokenizer.chat_template = TEMPLATE
+        return tokenizer
+
+    def model(self, seed: int = 0, scorer: bool = False, dtype: torch.dtype = torch.float32) -> Any:
+        """A Llama of two layers; wide initial weights make its distributions uneven."""
+        from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+        config = LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            initializer_range=0.3,
+            pad_token_id=PAD,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+            **({"num_labels": 1} if scorer else {}),
+        )
+        maker = LlamaForSequenceClassification if scorer else LlamaForCausalLM
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return maker(config).to(dtype).eval()
+
+    def prompts(self, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Left-padded prompts of 2 to P words: (n, P) ids and mask."""
+        rng = np.random.default_rng([seed, 1])
+        ids = rng.integers(6, VOCABULARY, (n, PROMPT))
+        short = rng.integers(0, PROMPT - 1, n)
+        mask = np.arange(PROMPT) >= short[:, None]
+        return torch.from_numpy(np.where(mask, ids, PAD)), torch.from_numpy(mask.astype(np.int64))
+
+    def sequences(self, n: int, seed: int = 0, shared: int = 1) -> Sequences:
+        """Rows with answers of 1 to T tokens; ``shared`` neighbouring rows share a prompt."""
+        rng = np.random.default_rng([seed, 2])
+        ids = rng.integers(6, VOCABULARY, (n, ANSWER))
+        length = rng.integers(1, ANSWER + 1, n)
+        place = np.arange(ANSWER)
+        ids = np.where(place == length[:, None] - 1, EOS, ids)
+        mask = place < length[:, None]
+        prompts = (c.repeat_interleave(shared, 0) for c in self.prompts(n // shared, seed))
+        return Sequences(
+            *prompts,
+            torch.from_numpy(np.where(mask, ids, PAD)),
+            torch.from_numpy(mask.astype(np.int64)),
+        )
+
+    def pairs(self, n: int, seed: int = 0) -> PairBatch:
+        """Comparisons with varied targets and weights."""
+        rng = np.random.default_rng([seed, 3])
+        a, b = self.sequences(n, seed), self.sequences(n, seed + 100)
+        return PairBatch(
+            label_id=torch.arange(n),
+            a=a,
+            b=b._replace(prompt_ids=a.prompt_ids, prompt_mask=a.prompt_mask),
+            target=torch.from_numpy(rng.choice([0.0, 0.5, 1.0], n)).float(),
+            weight=torch.from_numpy(rng.uniform(0.5, 1.5, n)).float(),
+            annotator_id=torch.arange(n) % 3,
+        )
+
+    def roles(self) -> dict[str, RoleData]:
+        """Data roles that defences may ask for."""
+        names = ("refusal", "harm", "retain", "pair_harm", "pair_refusal", "harm_prompts")
+        return {name: RoleData(self.sequences(8, 50 + i), 9 + i) for i, name in enumerate(names)}
+
+    def stack(
+        self,
+        specs: tuple[Any, ...] = (),
+        learner: str = "policy",
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> DefenceStack:
+        """An unprepared stack on a fresh model; ``specs`` are names or defence objects."""
+        policy = Policy(self.model(seed, dtype=dtype), self.tokenizer())
+        model = policy.model if learner == "policy" else self.model(seed + 1, scorer=True)
+        sampler = TransformersSampler(SamplerConfig(max_new_tokens=ANSWER), policy.tokenizer)
+        ctx = Context(learner, model, policy.tokenizer, policy, self.roles(), {}, sampler, seed)
+        members = [defences.create(s) if isinstance(s, str) else s for s in specs]
+        return DefenceStack(members, ctx)
+
+    def agent(
+        self,
+        learner: str = "grpo",
+        specs: tuple[Any, ...] = (),
+        seed: int = 0,
+        delay: int = 0,
+        responses: int = 3,
+        window: int = 64,
+        prepare: bool = True,
+        **fields: Any,
+    ) -> Agent:
+        """A complete training system, joined as a run joins it."""
+        stack = self.stack(specs, seed=seed)
+        if prepare:
+            stack.prepare()
+        policy = stack.ctx._policy
+        policy.snapshot_reference()
+        config = learners.get(learner)(**{"lr": 3e-3, "minibatch": 8, **fields})
+        trained = config.build(stack.ctx, stack, 1.0)
+        reward_model = None
+        if trained.uses == "rollouts":
+            rewards = self.stack((), "reward_model", seed)
+            chosen = RewardModelConfig(lr=3e-3, minibatch=8, steps=2, window=window)
+            reward_model = RewardModel(chosen, rewards.ctx, rewards)
+        return Agent(
+            policy=policy,
+            sampler=stack.ctx._sampler,
+            learner=trained,
+            reward_model=reward_model,
+            stack=stack,
+            replay=Replay(window),
+            responses=responses,
+            delay=delay,
+            seed=seed,
+        )
+
+    def observation(self, round: int, batch: int = 8) -> dict[str, np.ndarray]:
+        """What the environment shows at ``round``."""
+        ids, mask = self.prompts(batch, 1000 + round)
+        return {
+            "prompt_ids": ids.numpy(),
+            "prompt_mask": mask.numpy().astype(np.int8),
+            "stratum": np.arange(batch) % 3,
+            "user": np.arange(batch),
+        }
+
+    def labels(self, round: int, batch: int = 8, responses: int = 3) -> Labels:
+        """One decided or tied vote per prompt of ``round``."""
+        rng = np.random.default_rng([round, 4])
+        a = rng.integers(responses, size=batch)
+        return Labels(
+            label_id=np.arange(batch) + round * batch,
+            item=np.arange(batch) + round * batch,
+            a=a,
+            b=(a + 1) % responses,
+            annotator=rng.integers(5, size=batch),
+            vote=np.array([0, 1, 0, 1, 2, 0, 1, 1][:batch], np.int8),
+            weight=np.ones(batch, np.float32),
+            round=np.full(batch, round),
+        )
+
+    def rounds(self, agent: Agent, start: int, stop: int) -> list[Any]:
+        """Rounds ``start`` to ``stop`` of acting and learning; what each learned."""
+        learned = []
+        for round in range(start, stop):
+            agent.act(self.observation(round))
+            learned.append(agent.learn(self.labels(round)))
+        return learned
+
+    def weights(self, module: nn.Module) -> Tensor:
+        """All parameters as one copied vector."""
+        return torch.cat([p.detach().flatten().clone() for p in module.parameters()])
+
+    def gradient(self, module: nn.Module) -> Tensor:
+        """All gradients as one copied vector, 0 where none was made."""
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in module.parameters()]
+        return torch.cat([g.flatten().clone() for g in parts])
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Tiny:
+    torch.set_num_threads(1)
+    return Tiny()

@@ -1,0 +1,94 @@
+"""Log-probabilities of responses: hand-built reference, padding, temperature, saved models."""
+
+import pytest
+import torch
+
+from agents.policy import (
+    Policy,
+    load_causal_lm,
+    load_tokenizer,
+    response_logprobs,
+    response_terms,
+    trim,
+)
+
+
+def one_row(model, sequences, row, temperature=1.0):
+    """Log-probs of one response computed on its own, without any padding."""
+    prompt = sequences.prompt_ids[row][sequences.prompt_mask[row] == 1]
+    answer = sequences.ids[row][sequences.mask[row] == 1]
+    logits = model(torch.cat([prompt, answer])[None]).logits[0] / temperature
+    logp = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    return logp.gather(1, answer[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_batched_logprobs_equal_rows_computed_alone(tiny, temperature):
+    model, sequences = tiny.model(), tiny.sequences(9)
+    logp = response_terms(model, sequences, temperature).logp.detach()
+    for row in range(9):
+        length = int(sequences.mask[row].sum())
+        expected = one_row(model, sequences, row, temperature).detach()
+        torch.testing.assert_close(logp[row, :length], expected, rtol=0, atol=1e-5)
+        assert (logp[row, length:] == 0).all()
+
+
+def test_hidden_states_give_the_logits(tiny):
+    model, sequences = tiny.model(), tiny.sequences(5)
+    terms = response_terms(model, sequences, hidden=True)
+    width = terms.logits.shape[1]
+    torch.testing.assert_close(model.lm_head(terms.hidden[:, :width]), terms.logits)
+
+
+def test_trim_drops_only_shared_padding(tiny):
+    sequences = tiny.sequences(6)
+    keep = sequences._replace(
+        prompt_ids=torch.nn.functional.pad(sequences.prompt_ids, (4, 0)),
+        prompt_mask=torch.nn.functional.pad(sequences.prompt_mask, (4, 0)),
+        ids=torch.nn.functional.pad(sequences.ids, (0, 3)),
+        mask=torch.nn.functional.pad(sequences.mask, (0, 3)),
+    )
+    small, tight = trim(keep), trim(sequences)
+    for column, expected in zip(small, tight, strict=True):
+        assert torch.equal(column, expected)
+    model = tiny.model()
+    wide = response_terms(model, keep).logp
+    assert wide.shape == keep.ids.shape
+    torch.testing.assert_close(wide[:, : tiny.answer], response_terms(model, sequences).logp)
+
+
+def test_logprobs_do_not_depend_on_the_batch(tiny):
+    model, sequences = tiny.model(), tiny.sequences(7)
+    whole = response_logprobs(model, sequences)
+    torch.testing.assert_close(response_logprobs(model, sequences, batch=2), whole)
+    assert not whole.requires_grad
+
+
+def test_reference_is_a_frozen_copy_that_stays(tiny):
+    policy = Policy(tiny.model(), tiny.tokenizer())
+    sequences = tiny.sequences(4)
+    policy.snapshot_reference()
+    before = policy.reference_logprobs(sequences)
+    with torch.no_grad():
+        policy.model.lm_head.weight.add_(1.0)
+        policy.model.lm_head.weight[3].add_(2.0)
+    assert torch.equal(policy.reference_logprobs(sequences), before)
+    assert not torch.equal(response_logprobs(policy.model, sequences), before)
+    assert not any(p.requires_grad for p in policy.reference.parameters())
+
+
+def test_saved_model_and_tokenizer_load_back(tiny, tmp_path):
+    model, tokenizer = tiny.model(3), tiny.tokenizer()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again = load_causal_lm(tmp_path)
+    assert torch.equal(tiny.weights(again), tiny.weights(model))
+    assert load_tokenizer(tmp_path).padding_side == "left"
+
+
+def test_tokenizer_without_template_is_refused(tiny, tmp_path):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="chat template; allowed"):
+        load_tokenizer(tmp_path)
