@@ -35,6 +35,17 @@ class Sampled(NamedTuple):
     logprobs: Tensor  # (B*K, T) float32, 0 on padding
 
 
+def draw(logp: Tensor, generator: torch.Generator) -> Tensor:
+    """(rows, 1) tokens by inverting the cumulative distribution at one uniform number a row.
+
+    ``torch.multinomial`` draws one exponential a row *and word*, which costs more than the model here.
+    """
+    cumulative = logp.exp().double().cumsum(-1)  # double: float32 sums drift over large vocabularies
+    u = torch.rand((len(logp), 1), generator=generator, dtype=torch.float64)
+    token = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
+    return token.clamp(max=logp.shape[-1] - 1)
+
+
 @torch.no_grad()
 def sample_tokens(
     model: nn.Module,
@@ -78,7 +89,7 @@ def sample_tokens(
         logp = (logits.float() / temperature).log_softmax(-1)
         if not torch.isfinite(logp.max(-1).values).all():
             raise FloatingPointError("sampling: non-finite logits")
-        token = torch.multinomial(logp.exp(), 1, generator=generator)  # (rows, 1)
+        token = draw(logp, generator)  # (rows, 1)
         logprobs[:, t] = logp.gather(1, token)[:, 0] * alive
         ids[:, t] = torch.where(alive, token[:, 0], pad_id)
         mask[:, t] = alive
