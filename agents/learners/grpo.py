@@ -7,9 +7,10 @@ K responses to one prompt are each other's baseline:
     w   = pi / pi_old,    d = log pi_ref - log pi
 
 averaged over tokens of a sequence and then over sequences (``loss_type="grpo"``), or over all
-tokens of the step (``"dapo"``). The group std makes the step invariant to the reward's scale, so
-shrinking a hostile reward does nothing. Loss and gradient equal ``trl.GRPOTrainer``'s on the same
-batch (tests).
+tokens of the step (``"dapo"``). With ``kl_correction`` the KL term is multiplied by w, which makes
+its gradient that of the reverse KL (DeepSeek-V3.2 2025). The group std makes the step invariant to
+the reward's scale, so shrinking a hostile reward does nothing. Loss and gradient equal
+``trl.GRPOTrainer``'s on the same batch (tests).
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ class GRPOConfig(OptimizerConfig):
     """Weight of the k3 estimate of KL(pi || pi_ref)."""
     clip: float = 0.2
     """Ratio clip epsilon."""
+    kl_correction: bool = False
+    """Multiply the KL term by the ratio, as TRL does by default."""
     loss_type: Literal["grpo", "dapo"] = "grpo"
     """Average over a sequence's tokens first (grpo) or over all tokens (dapo)."""
 
@@ -69,7 +72,13 @@ def group_advantages(rewards: Tensor, group: Tensor) -> Tensor:
 
 
 def grpo_token_loss(
-    logp: Tensor, logp_old: Tensor, logp_ref: Tensor, advantage: Tensor, clip: float, beta: float
+    logp: Tensor,
+    logp_old: Tensor,
+    logp_ref: Tensor,
+    advantage: Tensor,
+    clip: float,
+    beta: float,
+    kl_correction: bool = False,
 ) -> Tensor:
     """(N, T) per-token loss; ``advantage`` is (N, T)."""
     ratio = (logp - logp_old).exp()
@@ -77,7 +86,8 @@ def grpo_token_loss(
     if beta == 0:
         return loss
     d = logp_ref - logp
-    return loss + beta * (d.exp() - d - 1)
+    kl = d.exp() - d - 1
+    return loss + beta * (ratio * kl if kl_correction else kl)
 
 
 class GRPO(Learner):
@@ -132,6 +142,7 @@ class GRPO(Learner):
             batch.extra["advantage"],
             self.config.clip,
             self.config.beta,
+            self.config.kl_correction,
         )
         loss = loss * mask
         if self.config.loss_type == "grpo":
