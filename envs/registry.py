@@ -14,6 +14,7 @@ Registering is done by decorating the class in a file of its own; nothing else l
 from __future__ import annotations
 
 import ast
+import difflib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -98,9 +99,11 @@ class Registry:
         for point in importlib.metadata.entry_points(group=f"poisonloop.{self.kind}"):
             if point.name == target:
                 return point.load()
+        near = difflib.get_close_matches(target, self._makers, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(
             f"{self.kind}: unknown name {target!r}; allowed: {', '.join(self.names())}, "
-            "or module:Class, or path/to/file.py:Class"
+            f"or module:Class, or path/to/file.py:Class{hint}"
         )
 
 
@@ -122,13 +125,12 @@ def parse_spec(spec: str, kind: str) -> tuple[str, dict[str, Any]]:
     try:
         call = ast.parse(f"f({rest}", mode="eval").body
         assert isinstance(call, ast.Call)
-        if call.args or any(k.arg is None for k in call.keywords):
-            raise ValueError("only key=value arguments")
+        assert not call.args and all(k.arg for k in call.keywords)
         return target, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-    except (SyntaxError, ValueError, AssertionError) as error:
+    except (SyntaxError, ValueError, AssertionError):
         raise ValueError(
-            f"{kind}: cannot read the arguments of {spec!r} ({error}); "
-            "write name(key=value, ...) with numbers, strings, booleans, tuples"
+            f"{kind}: cannot read the arguments of {spec!r}; "
+            "write name(key=value, ...) with numbers, quoted strings, booleans, tuples"
         ) from None
 
 

@@ -1,0 +1,62 @@
+"""Configs as YAML or JSON files: what ``--config`` reads and ``--print-config`` writes.
+
+Files are read by ``yaml.safe_load`` (JSON is YAML), never by a loader that constructs objects, and
+may give only some of the fields: the rest are the preset's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sim.checks import check_types
+from sim.config import Config, from_dict
+
+
+def from_file(base: Config, path: str) -> Config:
+    """``base`` with the fields that a YAML or JSON file gives.
+
+    Raises:
+        ValueError: no such file, not a mapping, unknown fields, or values of another type.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"config={path!r}: {error.strerror}; allowed: a readable file") from None
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config={path!r} is not valid YAML or JSON: {reason}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"config={path!r} holds {type(values).__name__}; allowed: fields: values")
+    merged = _merged(base.to_dict(), _numbers(values))
+    check_types(Config, merged)
+    return from_dict(merged)
+
+
+def _numbers(value: Any) -> Any:
+    """``value`` with 1e-4 a number, which YAML 1.1 reads as text for want of a dot."""
+    if isinstance(value, dict):
+        return {key: _numbers(inner) for key, inner in value.items()}
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)
+    return value
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """``new`` over ``old``, section by section; another learner starts from its own defaults."""
+    if "name" in new and new["name"] != old.get("name") and "lr" in old:
+        return new
+    merged = dict(old)
+    for key, value in new.items():
+        both = isinstance(value, dict) and isinstance(old.get(key), dict)
+        merged[key] = _merged(old[key], value) if both else value
+    return merged
+
+
+def to_yaml(config: Config) -> str:
+    """Text that ``--config`` reads back to an equal config."""
+    return yaml.safe_dump(json.loads(json.dumps(config.to_dict())), sort_keys=False)

@@ -1,0 +1,194 @@
+"""From what a person typed to a :class:`sim.config.Config`.
+
+Short flags are other spellings of config paths, and so every message speaks of the path:
+
+    --rho .1  is  --attack.rho .1          --model DIR  is  --text.model DIR
+    --attack x  is  --attack.name x        --data FILE  is  --text.data FILE
+
+``--learner name`` chooses the union's member first, then ``--learner.lr`` and the like set its
+fields, and ``--defence`` may be repeated. The rest is tyro's, over the frozen tree, with the chosen
+preset and config file as defaults.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from agents.learners import learners
+from envs.registry import parse_spec
+from sim.checks import check_types
+from sim.config import DEFAULT_ATTACK, PRESETS, Config
+from sim.config_file import from_file
+
+SHORT = {
+    "--rho": "--attack.rho",
+    "--attack": "--attack.name",
+    "--model": "--text.model",
+    "--data": "--text.data",
+}
+Options = dict[str, list[str]]
+
+
+def read(argv: Iterable[str]) -> tuple[str | None, Options]:
+    """Split ``argv`` into the preset and every flag's values; a repeated flag adds values.
+
+    Raises:
+        ValueError: a word that is neither the leading preset nor a flag's value.
+    """
+    preset, options, flag = None, {}, None
+    for position, word in enumerate(argv):
+        if word.startswith("--") or word == "-h":
+            name, equals, value = word.partition("=")
+            head, dot, rest = name.partition(".")
+            flag = "--help" if word == "-h" else head + dot + rest.replace("_", "-")
+            options.setdefault(flag, []).extend([value] if equals else [])
+        elif flag:
+            options[flag].append(word)
+        elif position == 0:
+            preset = word
+        else:
+            raise ValueError(f"{word!r} follows the preset; allowed: flags that begin with --")
+    return preset, options
+
+
+def take(options: Options, flag: str) -> str | None:
+    """Remove ``flag`` from ``options``; its one value, or None when it was not given.
+
+    Raises:
+        ValueError: not exactly one value.
+    """
+    values = options.pop(flag, None)
+    if values is None:
+        return None
+    if len(values) != 1:
+        raise ValueError(
+            f"{flag} {' '.join(values)}; allowed: one value (a preset stands before the flags)"
+        )
+    return values[0]
+
+
+def build(preset: str | None, options: Options, file: str | None = None) -> Config:
+    """The config of one run.
+
+    Args:
+        preset: its name; ``default`` when absent.
+        options: values by flag, as :func:`read` gives them.
+        file: YAML or JSON whose fields replace the preset's, before the flags do.
+
+    Raises:
+        ValueError: an unknown name, field, type or range; the message says what is allowed.
+    """
+    options = dict(options)
+    base = from_file(named(preset or "default"), file) if file else named(preset or "default")
+    if learner := take(options, "--learner"):
+        base = dataclasses.replace(base, learner=chosen_learner(base, learner))
+    if "--defence" in options:
+        base = dataclasses.replace(base, defences=stack(options.pop("--defence")))
+    known = paths(base)
+    words: list[str] = []
+    for flag, values in options.items():
+        path = SHORT.get(flag, flag)
+        if path not in known:
+            raise ValueError(unknown_flag(flag, known))
+        if not isinstance(known[path], bool | tuple | dict):
+            values = [str(take({flag: values}, flag))]
+        words += [f"{path}={values[0]}"] if len(values) == 1 else [path, *values]
+    return with_attack(_tyro(base, words))
+
+
+def paths(config: Any, prefix: str = "--") -> dict[str, Any]:
+    """Every flag of a config tree with its value there; switches under both their names."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value, flag = getattr(config, field.name), prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            found |= paths(value, f"{flag}.")
+            continue
+        found[flag] = value
+        if isinstance(value, bool):
+            found[prefix + "no-" + field.name.replace("_", "-")] = value
+    return found
+
+
+def unknown_flag(flag: str, known: Iterable[str]) -> str:
+    """What to say of a flag that does not exist."""
+    known = [*known, *SHORT, "--learner", "--defence", "--out", "--config", "--print-config"]
+    section = [k for k in known if k.startswith(flag.partition(".")[0] + ".") and "." in flag]
+    near = difflib.get_close_matches(flag, known, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    allowed = ", ".join(section) or "the flags of `poisonloop run --help`"
+    return f"{flag} is not a flag; allowed: {allowed}{hint}"
+
+
+def named(preset: str) -> Config:
+    """The preset of that name.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if preset not in PRESETS:
+        near = difflib.get_close_matches(preset, PRESETS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"preset={preset!r}; allowed: {', '.join(PRESETS)}{hint}")
+    return PRESETS[preset]
+
+
+def chosen_learner(base: Config, spec: str) -> Any:
+    """The learner ``spec`` names; one of the base's own kind keeps the base's other fields."""
+    built = learners.create(spec)
+    check_types(type(built), vars(built), "learner.")
+    if type(built) is type(base.learner):
+        return dataclasses.replace(base.learner, **parse_spec(spec, "learner")[1])
+    return dataclasses.replace(built)  # a copy without the spec that creation attaches
+
+
+def stack(values: Iterable[str]) -> tuple[str, ...]:
+    """Defence specs in order: ``a+b`` is two, ``none`` is none; a + inside arguments is kept."""
+    parts = [p for value in values for p in re.split(r"\+(?![^(]*\))", value)]
+    return tuple(part for part in parts if part != "none")
+
+
+def with_attack(config: Config) -> Config:
+    """``config``, with the default attack where there is a rho above 0 and no attack."""
+    if config.attack.rho == 0 or config.attack.name != "none":
+        return config
+    return dataclasses.replace(
+        config, attack=dataclasses.replace(config.attack, name=DEFAULT_ATTACK)
+    )
+
+
+def _tyro(base: Config, words: list[str]) -> Config:
+    """Set fields of ``base`` by path; tyro's boxed complaints become one line."""
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                tyro.conf.AvoidSubcommands[Config],
+                default=base,
+                args=words,
+                prog="poisonloop run",
+                description="",
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(_unboxed(said.getvalue())) from None
+
+
+def _unboxed(box: str) -> str:
+    """The sentences of a drawn box, without its frame and its pointer to the help text."""
+    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()[1:]]
+    text = " ".join(line for line in lines if line and not line.startswith("For full helptext"))
+    text = text.removeprefix("Error parsing Config: ")
+    bad_value = re.match(r"Error parsing --(\S+): .*?('.*') Argument helptext: --\S+ (\S+)", text)
+    if bad_value:
+        return "{}={}; allowed: {}".format(*bad_value.groups())
+    return re.sub(r"Error parsing \S+: (?=\S+=)", "", text)
