@@ -1,0 +1,198 @@
+"""Rows of a local data file, checked one by one before any of them is used.
+
+JSONL or Parquet with a column ``prompt``, and what says which prompts are harmful:
+
+    stratum   "benign", "contrast" or "harmful"
+    harmful   true or false
+    chosen, rejected   a preference; without the above, a prompt is taken as harmful when its
+              chosen answer refuses and its rejected one does not, and as benign otherwise
+
+Optional: ``type`` or ``category`` (a name, reported per domain), and answers: ``chosen``,
+``rejected``, ``responses`` (strings, or objects with ``text``). Other columns are left alone. The
+first bad row stops the reading with file, row and column; nothing is half-loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from envs.refusals import refuses
+from envs.types import BENIGN, HARMFUL, STRATA
+
+_KNOWN = ("prompt", "stratum", "harmful", "chosen", "rejected", "responses", "type", "category")
+
+
+class Row(NamedTuple):
+    """One prompt of a data set."""
+
+    prompt: str
+    stratum: int  # index into STRATA
+    category: str  # "" where the file has none
+    answers: tuple[str, ...]  # whatever answers the row came with
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """The distinct prompts of a ``.jsonl`` or ``.parquet`` file, each with all its answers.
+
+    Prompts that differ only in case or white space are one prompt.
+
+    Raises:
+        ValueError: no such file, another format, broken or empty file, a missing column, a value
+            of the wrong type, or one prompt in two strata; names the file, the row (from 1) and the
+            column.
+    """
+    path = Path(path)
+    readers = {".jsonl": _jsonl, ".parquet": _parquet}
+    if path.suffix not in readers or not path.is_file():
+        raise ValueError(f"data={str(path)!r}; allowed: an existing .jsonl or .parquet file")
+    records = list(readers[path.suffix](path))
+    if not records:
+        raise ValueError(f"data={str(path)!r} has no rows; allowed: at least 8 prompts")
+    columns = {name for _, record in records for name in record if record[name] is not None}
+    if "prompt" not in columns or not ({"stratum", "harmful"} & columns or _pairs(columns)):
+        raise ValueError(
+            f"data={str(path)!r} has columns {', '.join(sorted(columns)) or 'none'}; needed: "
+            "prompt, and one of stratum, harmful, or chosen with rejected"
+        )
+    guess = not {"stratum", "harmful"} & columns
+    rows = [_row(_Cells(path, number, record), guess) for number, record in records]
+    if guess:
+        rows = _guess_strata(rows, [record for _, record in records])
+    return _merge(rows, path)
+
+
+def _pairs(columns: set[str]) -> bool:
+    return {"chosen", "rejected"} <= columns
+
+
+def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        where = f"data={str(path)!r}, row {number}"
+        try:
+            text = line.decode("utf-8").strip()
+            record = json.loads(text) if text else None
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{where}: byte {error.start + 1} is not UTF-8; allowed: UTF-8 text"
+            ) from None
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{where}: broken JSON at character {error.colno} ({error.msg}); "
+                "allowed: one JSON object per line"
+            ) from None
+        if record is None and not text:
+            continue
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: {type(record).__name__}; allowed: one JSON object per line")
+        yield number, record
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        names = [name for name in pq.read_schema(path).names if name in _KNOWN]
+        records = pq.read_table(path, columns=names).to_pylist()
+    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"data={str(path)!r} is not readable as Parquet ({error}); allowed: a Parquet file"
+        ) from None
+    yield from enumerate(records, start=1)
+
+
+def _is_text(value: Any) -> bool:
+    """A string that has bytes: JSON can spell half of a surrogate pair, which has none."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+class _Cells(NamedTuple):
+    """Typed access to one record; complaints name where they are about."""
+
+    path: Path
+    number: int
+    record: dict[str, Any]
+
+    def bad(self, column: str, allowed: str) -> ValueError:
+        value = json.dumps(self.record.get(column), default=str)[:60]
+        return ValueError(
+            f"data={str(self.path)!r}, row {self.number}, column {column}: {value}; "
+            f"allowed: {allowed}"
+        )
+
+    def text(self, column: str, required: bool = False) -> str:
+        value = self.record.get(column)
+        if value is None and not required:
+            return ""
+        if not _is_text(value) or (required and not value.strip()):
+            raise self.bad(column, "text")
+        return value
+
+    def stratum(self) -> int:
+        named, harmful = self.record.get("stratum"), self.record.get("harmful")
+        if named is None and harmful is None:
+            raise self.bad("harmful", "true or false in every row (or a stratum)")
+        if harmful is not None and not isinstance(harmful, bool):
+            raise self.bad("harmful", "true or false")
+        if named is None:
+            return HARMFUL if harmful else BENIGN
+        if not isinstance(named, str) or named not in STRATA:
+            raise self.bad("stratum", ", ".join(STRATA))
+        stratum = STRATA.index(named)
+        if harmful is not None and harmful != (stratum == HARMFUL):
+            raise self.bad("stratum", f"what agrees with harmful={harmful}".lower())
+        return stratum
+
+    def responses(self) -> tuple[str, ...]:
+        value = self.record.get("responses")
+        if value is None:
+            return ()
+        allowed = "a list of texts, or of objects with text"
+        if not isinstance(value, list):
+            raise self.bad("responses", allowed)
+        texts = [item.get("text") if isinstance(item, dict) else item for item in value]
+        if not all(_is_text(text) for text in texts):
+            raise self.bad("responses", allowed)
+        return tuple(texts)
+
+
+def _row(cells: _Cells, guess: bool) -> Row:
+    prompt = cells.text("prompt", required=True)
+    pair = (cells.text("chosen", required=guess), cells.text("rejected", required=guess))
+    answers = tuple(text for text in (*pair, *cells.responses()) if text.strip())
+    category = cells.text("type") or cells.text("category")
+    return Row(prompt, BENIGN if guess else cells.stratum(), category, answers)
+
+
+def _guess_strata(rows: list[Row], records: list[dict[str, Any]]) -> list[Row]:
+    """Harmful is a prompt where refusing was preferred to complying, in any of its rows."""
+    chosen = refuses([record["chosen"] for record in records])
+    rejected = refuses([record["rejected"] for record in records])
+    preferred = (chosen & ~rejected).tolist()
+    unsafe = {identity(row.prompt) for row, p in zip(rows, preferred, strict=True) if p}
+    return [
+        row._replace(stratum=HARMFUL if identity(row.prompt) in unsafe else BENIGN) for row in rows
+    ]
+
+
+def identity(prompt: str) -> str:
+    """What makes two prompts the same: words, whatever case or white space."""
+    return " ".join(prompt.casefold().split())
+
+
+def _merge(rows: list[Row], path: Path) -> list[Row]:
+    merged: dict[str, Row] = {}
+    for row in rows:
+        known = merged.setdefault(identity(row.prompt), row)
+        if known.stratum != row.stratum:
+            raise ValueError(
+                f"data={str(path)!r}, prompt {row.prompt[:60]!r} is {STRATA[known.stratum]} in one "
+                f"row and {STRATA[row.stratum]} in another; allowed: one stratum per prompt"
+            )
+        if known is not row:
+            answers = (*known.answers, *row.answers)
+            merged[identity(row.prompt)] = known._replace(answers=answers)
+    return list(merged.values())
