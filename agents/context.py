@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.batches import Sequences
-from agents.policy import Policy, response_terms
+from agents.policy import Policy, response_logprobs, response_terms
 from envs import rng as draws
 
 
@@ -105,14 +105,14 @@ class Context:
         return response_terms(self.model, sequences).logp
 
     def ref_logprobs(self, sequences: Sequences) -> Tensor:
-        """(N, T) under the frozen reference.
+        """(N, T) under the frozen reference, untempered like ``token_logprobs``.
 
         Raises:
             RuntimeError: inside ``prepare``, before the reference exists.
         """
         if self._policy.reference is None:
             raise RuntimeError("ctx.ref_logprobs does not exist inside prepare")
-        return self._policy.reference_logprobs(sequences)
+        return response_logprobs(self._policy.reference, sequences)
 
     def lm_loss(self, sequences: Sequences) -> Tensor:
         """Mean cross-entropy over response tokens."""
