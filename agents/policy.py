@@ -23,8 +23,8 @@ from agents.batches import Sequences
 class ResponseTerms(NamedTuple):
     """One forward pass over responses; t <= T is the longest response among the rows."""
 
-    logp: Tensor  # (N, T) float32, 0 on padding
-    logits: Tensor  # (N, t, V) float32
+    logp: Tensor  # (N, T) at least float32, 0 on padding
+    logits: Tensor  # (N, t, V) at least float32
     hidden: Tensor | None  # (N, T, d), state that predicts each token; only when asked for
 
 
@@ -66,7 +66,8 @@ def response_terms(
         output_hidden_states=hidden,
         use_cache=False,
     )
-    logits = out.logits[:, :-1].float()  # (N, t, V)
+    logits = out.logits[:, :-1]  # (N, t, V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature != 1.0:
         logits = logits / temperature
     nats = F.cross_entropy(logits.flatten(0, 1), sequences.ids.flatten(), reduction="none")
