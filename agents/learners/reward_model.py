@@ -100,6 +100,7 @@ class RewardModel:
         """``config.steps`` steps on uniform draws from ``replay``; metrics ``reward_model/*``."""
         if self.config.reset_every and round and round % self.config.reset_every == 0:
             self.ctx.model.load_state_dict(self.initial)
+            self.ctx.optimizer = make_optimizer(self.config, self.ctx.policy_params())
         means = Means()
         usable = replay.usable()
         for step in range(self.config.steps if len(usable) else 0):
