@@ -48,15 +48,19 @@ class TextConfig:
     model: str | None = None
     """Directory of a local causal language model with a chat template."""
     data: str | None = None
-    """JSONL or Parquet file with a ``prompt`` column."""
+    """JSONL or Parquet file of prompts (``prompt``) that says which are ``harmful``."""
     reward_model: str | None = None
     """Directory of the reward model's base; the policy's model when absent."""
     classifier: str | None = None
     """Directory of a sequence classifier for harm; refusal phrases when absent."""
+    harm_label: str = ""
+    """The classifier's harmful label, by name or number; found by its name when empty."""
     prompt_tokens: int = 64
-    """Longest prompt; longer ones are refused."""
+    """Longest prompt, template and trigger included; longer ones are left out and counted."""
     max_perplexity: float = 0.0
     """Fluency bound under the frozen initial policy; 0 sets it from that policy's own samples."""
+    split_seed: int = 0
+    """Draws which prompts are for users, adversaries, evaluation and defences."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,8 @@ class Config:
             "evaluation.n_true": (self.evaluation.n_true, 0, None),
             "evaluation.cost_limit": (self.evaluation.cost_limit, 0.01, 0.9),
             "evaluation.alpha": (self.evaluation.alpha, 1e-6, 0.5),
+            "text.prompt_tokens": (self.text.prompt_tokens, 1, None),
+            "text.max_perplexity": (self.text.max_perplexity, 0, None),
             "sampler.max_new_tokens": (self.sampler.max_new_tokens, 1, None),
             "sampler.temperature": (self.sampler.temperature, 1e-3, 100),
             "checkpoint_every": (self.checkpoint_every, 1, None),

@@ -26,6 +26,7 @@ def manifest(config: Config, scenario: Scenario) -> dict[str, Any]:
         "environment": {"id": "FeedbackPoisoning/Live-v0", **scenario.environment},
         "harm_source": scenario.harm_source,
         "model_hashes": scenario.hashes,
+        "data": scenario.data,
     }
 
 

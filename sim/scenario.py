@@ -41,6 +41,8 @@ class Scenario:
     harm_source: str
     """Where ``safety/harm`` comes from, for the manifest."""
     hashes: dict[str, str] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    """Counts and bounds taken from a person's own data, for the manifest."""
 
 
 def make_scenario(config: Config, progress: bool = False) -> Scenario:
