@@ -38,9 +38,10 @@ class Sampled(NamedTuple):
 def draw(logp: Tensor, generator: torch.Generator) -> Tensor:
     """(rows, 1) tokens by inverting the cumulative distribution at one uniform number a row.
 
-    ``torch.multinomial`` draws one exponential a row *and word*, which costs more than the model here.
+    ``torch.multinomial`` draws one exponential a row *and word*: more work than the model's here.
     """
-    cumulative = logp.exp().double().cumsum(-1)  # double: float32 sums drift over large vocabularies
+    # In double precision: float32 sums drift over large vocabularies.
+    cumulative = logp.exp().double().cumsum(-1)
     u = torch.rand((len(logp), 1), generator=generator, dtype=torch.float64)
     token = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
     return token.clamp(max=logp.shape[-1] - 1)
