@@ -85,8 +85,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, decay: floa
     following = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
     delta = (rewards + gamma * following - values) * mask
     distance = torch.arange(length)[:, None] - torch.arange(length)  # s - t
-    weights = (gamma * decay) ** distance.clamp(min=0) * (distance >= 0)
-    return (delta @ weights.to(delta)) * mask
+    weights = (gamma * decay) ** distance.clamp(min=0).to(delta) * (distance >= 0)
+    return (delta @ weights) * mask
 
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
