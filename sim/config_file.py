@@ -32,6 +32,7 @@ def from_file(base: Config, path: str) -> Config:
         raise ValueError(f"config={path!r} is not valid YAML or JSON: {reason}") from None
     if not isinstance(values, dict):
         raise ValueError(f"config={path!r} holds {type(values).__name__}; allowed: fields: values")
+    values = values.get("config", values)  # a run's manifest.json serves as well
     merged = _merged(base.to_dict(), _numbers(values))
     check_types(Config, merged)
     return from_dict(merged)

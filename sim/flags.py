@@ -163,24 +163,27 @@ def with_attack(config: Config) -> Config:
     )
 
 
+def show_fields(base: Config) -> None:
+    """Print every flag of ``base`` with its docstring and default."""
+    with contextlib.suppress(SystemExit):
+        _call_tyro(base, ["--help"])
+
+
 def _tyro(base: Config, words: list[str]) -> Config:
     """Set fields of ``base`` by path; tyro's boxed complaints become one line."""
-    import tyro
-
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                tyro.conf.AvoidSubcommands[Config],
-                default=base,
-                args=words,
-                prog="poisonloop run",
-                description="",
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
+            return _call_tyro(base, words)
+    except SystemExit:
         raise ValueError(_unboxed(said.getvalue())) from None
+
+
+def _call_tyro(base: Config, words: list[str]) -> Config:
+    import tyro
+
+    kind = tyro.conf.AvoidSubcommands[Config]
+    return tyro.cli(kind, default=base, args=words, prog="poisonloop run", description="")
 
 
 def _unboxed(box: str) -> str:

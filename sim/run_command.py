@@ -1,0 +1,146 @@
+"""``poisonloop run`` and ``poisonloop resume``: one experiment, from flags to its closing lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+from agents.learners import learners
+from sim import flags
+from sim.checks import check, plugins
+from sim.cli import parser_of
+from sim.closing import closing
+from sim.config import DEFAULT_ATTACK, PRESETS, Config
+from sim.config_file import to_yaml
+from sim.progress import progress
+
+RUN_USAGE = """\
+usage: poisonloop run [PRESET] [flags]
+
+presets: {presets}
+
+the flags people type (each NAME may be a spec such as "refusal_loss(alpha=10)"):
+  --rho SHARE         share of adversaries, 0 to 1
+  --attack NAME       what they do (default above rho 0: {attack})
+  --learner NAME      one of {learners}; its fields are --learner.lr and the like
+  --defence NAME      repeat it to stack several
+  --rounds N, --seed N, --engine NAME
+  --model DIR, --data FILE   real text instead of the embedded world
+  --out DIR           where to write (default runs/<learner>-<attack>-rho<rho>-seed<seed>)
+  --config FILE       YAML or JSON, read before the flags; a run's manifest.json will do
+  --print-config      print the resulting config and stop
+
+every field, for the learner chosen:
+"""
+
+
+def run(words: list[str]) -> int:
+    """``poisonloop run [PRESET]``."""
+    preset, options = flags.read(words)
+    if "--help" in options:
+        return _run_help(preset, options)
+    chosen_out, file = flags.take(options, "--out"), flags.take(options, "--config")
+    only_print = options.pop("--print-config", None) is not None
+    config = flags.build(preset, options, file)
+    check(config)
+    if only_print:
+        print(to_yaml(config), end="")
+        return 0
+    _announce(config, options)
+    out = Path(chosen_out) if chosen_out else default_out(config)
+    if out.exists():
+        raise ValueError(
+            f"out={str(out)!r} exists; allowed: a new directory, "
+            f"or continue it with `poisonloop resume {shlex.quote(str(out))}`"
+        )
+    return _execute(config, out, resume=False, command=_retyped(words))
+
+
+def _run_help(preset: str | None, options: dict[str, list[str]]) -> int:
+    kept = {k: v for k, v in options.items() if k == "--learner"}
+    names = {"presets": PRESETS, "learners": learners.names()}
+    lists = {name: ", ".join(values) for name, values in names.items()}
+    print(RUN_USAGE.format(attack=DEFAULT_ATTACK, **lists))
+    flags.show_fields(flags.build(preset, kept))
+    return 0
+
+
+def _announce(config: Config, options: dict[str, list[str]]) -> None:
+    """Say what was decided for the user."""
+    attack = config.attack
+    if attack.rho and not {"--attack", "--attack.name"} & options.keys():
+        print(f"attack: {attack.name} (no --attack given), rho {attack.rho:g}")
+    elif attack.name != "none" and not attack.rho:
+        print(f"attack: {attack.name} changes nothing at rho 0; give --rho above 0")
+
+
+def default_out(config: Config) -> Path:
+    """``runs/<learner>-<attack>-rho<rho>-seed<seed>``, with the defences where there are some."""
+    attack = re.sub(r"\W+", "-", config.attack.name).strip("-")
+    defences = [re.sub(r"\W+", "-", spec).strip("-") for spec in config.defences]
+    rho = f"rho{config.attack.rho:g}"
+    return Path("runs") / "-".join(
+        [config.learner_name, attack, rho, *defences, f"seed{config.seed}"]
+    )
+
+
+def _retyped(words: list[str]) -> str:
+    """The command as typed, without ``--out``: what a next command can build on."""
+    kept: list[str] = []
+    skip = False
+    for word in words:
+        skip = word == "--out" or (skip and not word.startswith("--"))
+        if not skip and not word.startswith("--out="):
+            kept.append(word)
+    return shlex.join(["poisonloop", "run", *kept])
+
+
+def _execute(config: Config, out: Path, resume: bool, command: str) -> int:
+    from sim.analysis.report import write_report
+    from sim.run import run as run_loop
+
+    with progress() as listener:
+        summary = run_loop(config, out, resume=resume, listener=listener)
+    print(closing(summary, out, write_report([out], out), command))
+    return 0
+
+
+def resume(words: list[str]) -> int:
+    """``poisonloop resume DIR``."""
+    parser = parser_of("resume", "Continue a stopped run, or extend a finished one.")
+    parser.add_argument("dir", type=Path, help="a run directory")
+    parser.add_argument("--rounds", type=int, help="extend the run to this many rounds")
+    parser.add_argument(
+        "--trust-plugins", action="store_true", help="run the code outside poisonloop it names"
+    )
+    asked = parser.parse_args(words)
+    from sim.run import load_config
+
+    config = load_config(asked.dir)
+    outside = list(plugins(config))
+    if outside and not asked.trust_plugins:
+        raise ValueError(
+            f"run={str(asked.dir)!r} would execute {', '.join(outside)}; "
+            "allowed: add --trust-plugins if that code is yours"
+        )
+    finished = (asked.dir / "summary.json").is_file()
+    longest = config.rounds
+    if asked.rounds is not None and asked.rounds < longest:
+        raise ValueError(
+            f"rounds={asked.rounds}; allowed: >= {longest}, what the run was asked for"
+        )
+    if finished and asked.rounds in (None, longest):
+        raise ValueError(
+            f"run={str(asked.dir)!r} has finished its {longest} rounds; "
+            f"allowed: --rounds above {longest} to extend it"
+        )
+    config = dataclasses.replace(config, rounds=asked.rounds or longest)
+    check(config)
+    return _execute(
+        config,
+        asked.dir,
+        resume=True,
+        command=f"poisonloop run --config {asked.dir / 'manifest.json'}",
+    )
