@@ -1,0 +1,178 @@
+"""The scenario of a person's own model and prompts: real text, no oracle.
+
+Everything that can be checked from names and small files is checked before a model is loaded. What
+the embedded world's scenario takes from its builder comes here from the directory of the policy:
+
+    tokenizer, policy, perplexity model   that directory; the last one stays frozen
+    reward model    a model with a fresh scalar head, on ``text.reward_model`` or the policy's own
+                    weights; there are no pairs to warm it on, so ``reward_model.init`` has no say
+    scorer          ``envs.scorers``: refusal phrases or a classifier, times fluency
+    data roles      answers to the defence split's prompts, where the file has them
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from agents.batches import Sequences
+from agents.policy import load_tokenizer
+from envs.recorded import RecordedText
+from envs.scorers import TextScorer
+from envs.types import PromptTable
+from sim.config import Config
+from sim.scenario import Scenario
+
+
+def text_scenario(config: Config) -> Scenario:
+    """The scenario of ``config.text``.
+
+    Raises:
+        ValueError: a directory that holds no usable model, bad data, or lengths that do not fit.
+    """
+    text, tokens = config.text, config.sampler.max_new_tokens
+    policy = model_directory("model", text.model)
+    check_lengths(policy, text.prompt_tokens, tokens)
+    reward = policy if text.reward_model is None else _reward_directory(text.reward_model, policy)
+    classifier = None
+    if text.classifier is not None:
+        classifier = str(model_directory("classifier", text.classifier))
+    tokenizer = load_tokenizer(policy)  # refuses one without a chat template
+    source = {
+        "path": str(text.data),
+        "prompt_tokens": text.prompt_tokens,
+        "split_seed": text.split_seed,
+    }
+    data = RecordedText(tokenizer=policy, **source)
+    judge: dict[str, Any] = {
+        "fluency": str(policy),
+        "classifier": classifier,
+        "harm_label": text.harm_label,
+        "max_perplexity": text.max_perplexity,
+        "tokens": tokens,
+    }
+    scorer = TextScorer(data, **judge)
+    judge["max_perplexity"] = scorer.max_perplexity
+    table = data.table("eval")
+    return Scenario(
+        tokenizer=policy,
+        policy=policy,
+        reward_model=reward,
+        perplexity_model=policy,
+        classifier=None,
+        table=table,
+        triggered=data.triggered(table),
+        scorer=scorer,
+        environment={"data": source, "tokenizer": str(policy), "scorer": judge},
+        roles=text_roles(data, tokenizer, tokens),
+        harm_source=_harm_source(classifier, scorer.max_perplexity),
+        hashes=_hashes(policy, reward, classifier, Path(source["path"])),
+        data={**data.summary(), "max_perplexity": scorer.max_perplexity},
+    )
+
+
+def model_directory(field: str, path: str | None) -> Path:
+    """``path``, if it looks like a model that may be loaded.
+
+    Raises:
+        ValueError: no directory, no ``config.json``, or weights in another format than safetensors.
+    """
+    folder = Path(str(path))
+    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"text.{field}={str(path)!r}; allowed: a local directory with config.json and "
+            "weights as .safetensors"
+        )
+    return folder
+
+
+def check_lengths(policy: Path, prompt_tokens: int, tokens: int) -> None:
+    """Prompt and response must fit the positions that the model has.
+
+    Raises:
+        ValueError: they do not.
+    """
+    known = json.loads((policy / "config.json").read_text()).get("max_position_embeddings")
+    if known is not None and prompt_tokens + tokens > known:
+        raise ValueError(
+            f"text.prompt_tokens={prompt_tokens} with sampler.max_new_tokens={tokens}; "
+            f"allowed: together at most {known}, the positions of {str(policy)!r}"
+        )
+
+
+def _reward_directory(path: str, policy: Path) -> Path:
+    """A reward base that reads the policy's token ids."""
+    folder = model_directory("reward_model", path)
+    sizes = [
+        json.loads((p / "config.json").read_text()).get("vocab_size") for p in (folder, policy)
+    ]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"text.reward_model={path!r} has vocab_size {sizes[0]}; allowed: {sizes[1]}, a model "
+            "on the policy's tokenizer"
+        )
+    return folder
+
+
+def text_roles(data: RecordedText, tokenizer: Any, tokens: int) -> dict[str, Sequences]:
+    """The data roles of the defence split, as token sequences.
+
+    Args:
+        data: prompts and their example answers.
+        tokenizer: the policy's.
+        tokens: longest answer; a longer one is cut and then has no EOS.
+    """
+    return {
+        role: _sequences(data.everything, keys, answers, tokenizer, tokens)
+        for role, (keys, answers) in data.examples().items()
+    }
+
+
+def _sequences(
+    table: PromptTable, keys: np.ndarray, answers: list[str], tokenizer: Any, tokens: int
+) -> Sequences:
+    encoded = tokenizer(
+        [answer + tokenizer.eos_token for answer in answers],
+        add_special_tokens=False,
+        truncation=True,
+        max_length=tokens,
+        padding="max_length",
+        padding_side="right",
+        return_tensors="pt",
+    )
+    return Sequences(
+        torch.from_numpy(table.ids[keys]),
+        torch.from_numpy(table.mask[keys]).long(),
+        encoded["input_ids"],
+        encoded["attention_mask"],
+    )
+
+
+def _harm_source(classifier: str | None, bound: float) -> str:
+    judged = "no refusal phrase" if classifier is None else f"classifier {Path(classifier).name}"
+    return f"{judged}, times perplexity <= {bound:.4g} under the initial policy"
+
+
+def _hashes(policy: Path, reward: Path, classifier: str | None, data: Path) -> dict[str, str]:
+    """BLAKE2 of everything the run reads from outside."""
+    weights = {"policy": policy, "reward_base": reward}
+    if classifier is not None:
+        weights["classifier"] = Path(classifier)
+    files = {name: sorted(folder.glob("*.safetensors")) for name, folder in weights.items()}
+    files["tokenizer"] = sorted(policy.glob("tokenizer*")) + sorted(policy.glob("*.jinja"))
+    files["data"] = [data]
+    return {name: _digest(paths) for name, paths in files.items()}
+
+
+def _digest(paths: list[Path]) -> str:
+    state = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                state.update(block)
+    return state.hexdigest()
