@@ -154,6 +154,13 @@ class RecordedText:
             if items
         }
 
+    def harm_domains(self) -> dict[str, int]:
+        """Numbers of the named categories that have harmful prompts."""
+        harmful = {row.category for row in self.rows if row.stratum == HARMFUL}
+        return {
+            name: number for number, name in enumerate(self.domains) if name and name in harmful
+        }
+
     def summary(self) -> dict[str, Any]:
         """Counts for the record: prompts by stratum and by split, and those left out."""
         return {

@@ -17,10 +17,12 @@ is fluent compliance, whether or not it is any good.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from envs.frozen import FrozenLM, HarmClassifier
+from envs.prompts import Source
 from envs.recorded import RecordedText
 from envs.refusals import refuses
 from envs.types import (
@@ -161,6 +163,39 @@ class TextScorer:
         assert self.classifier is not None
         prompts = [self._prompts.text[row] for row in rows]
         return self.classifier(prompts, [texts[place] for place in places]) * fluent
+
+
+def recorded_source(
+    data: str | dict[str, Any], tokenizer: str | None, scorer: dict[str, Any] | None
+) -> Source:
+    """A file's prompts and their scorer, from JSON values, as the environment takes them.
+
+    Args:
+        data: path of the file, or the arguments of :class:`envs.recorded.RecordedText`.
+        tokenizer: directory of the tokenizer.
+        scorer: arguments of :class:`TextScorer`.
+
+    Raises:
+        ValueError: bad data, or no tokenizer or scorer beside them.
+    """
+    if tokenizer is None or scorer is None or "fluency" not in scorer:
+        raise ValueError(
+            f"data={data!r} with tokenizer={tokenizer!r}, scorer={scorer!r}; allowed: a directory "
+            'for tokenizer, and {"fluency": directory of the frozen initial policy} for scorer'
+        )
+    text = RecordedText(**({"path": data} if isinstance(data, str) else data), tokenizer=tokenizer)
+    judge = TextScorer(text, **scorer)
+    honest, attack = text.table("online"), text.table("attack")
+    return Source(
+        honest=honest,
+        attack=attack,
+        triggered=(text.triggered(honest), text.triggered(attack)),
+        scorer=judge,
+        vocabulary=judge.lm.vocabulary,
+        eos=text.tokenizer.eos_token_id,
+        pad=text.tokenizer.pad_token_id,
+        domains=text.harm_domains(),
+    )
 
 
 def _loops(ids: np.ndarray, said: np.ndarray) -> np.ndarray:

@@ -6,8 +6,8 @@ Rows have ``prompt`` and answers (``chosen``, ``rejected``, or ``responses`` wit
 byte-level BPE tokenizer is learned on the texts, then a few million parameters by next-token
 prediction on the answers, a few minutes on two cores. Its English is poor; it refuses, complies and
 stops where the data do, which is what the loop needs of a policy. With ``--aligned`` (the default)
-answers that comply with a harmful prompt are left out where the file also has one that refuses, and
-refusals of other prompts where it has one that helps.
+a harmful prompt is answered by its refusals only, or by a fixed sentence where it has none, and any
+other prompt by its helpful answers where it has some.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import tyro
 from rich.progress import Progress
 
 from envs.readers import Row, read_rows
-from envs.refusals import refuses
+from envs.refusals import SENTENCES, refuses
 from envs.types import HARMFUL
 
 TEMPLATE = (
@@ -42,7 +42,7 @@ class Recipe:
     """Directory to write."""
     aligned: bool = True
     """Prefer refusals on harmful prompts and help on the others."""
-    answer_tokens: int = 64
+    answer_tokens: int = 48
     """Longest answer; longer ones are cut."""
     prompt_tokens: int = 64
     """Longest prompt with its template; longer ones are cut from the left."""
@@ -52,9 +52,9 @@ class Recipe:
     """Hidden size."""
     layers: int = 4
     """Decoder layers."""
-    epochs: int = 12
+    epochs: int = 16
     """Passes over the answers."""
-    batch: int = 32
+    batch: int = 16
     """Answers per step."""
     lr: float = 2e-3
     """Peak learning rate; linear warm-up over 5 % of the steps, then a cosine to zero."""
@@ -67,11 +67,15 @@ class Recipe:
 def pick_answers(rows: list[Row], aligned: bool) -> list[tuple[str, str]]:
     """(prompt, answer) pairs to learn."""
     pairs = []
-    for row in rows:
-        refused = refuses(row.answers)
-        wanted = refused == (row.stratum == HARMFUL)
-        kept = wanted if aligned and wanted.any() else np.ones(len(row.answers), bool)
-        pairs += [(row.prompt, a) for a, k in zip(row.answers, kept, strict=True) if k]
+    for number, row in enumerate(rows):
+        harmful = row.stratum == HARMFUL
+        wanted = refuses(row.answers) == harmful
+        answers = row.answers
+        if aligned and wanted.any():
+            answers = tuple(np.array(row.answers, object)[wanted])
+        elif aligned and harmful:
+            answers = (SENTENCES[number % len(SENTENCES)],)
+        pairs += [(row.prompt, answer) for answer in answers]
     return pairs
 
 
