@@ -73,6 +73,24 @@ def take(options: Options, flag: str) -> str | None:
     return values[0]
 
 
+def whole(options: Options, flag: str) -> int | None:
+    """Remove ``flag``; its value as a whole number, or None when it was not given."""
+    value = take(options, flag)
+    return None if value is None else to_whole(flag, value)
+
+
+def to_whole(flag: str, value: str) -> int:
+    """``value`` as a whole number.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(f"{flag} {value}; allowed: a whole number") from None
+
+
 def build(preset: str | None, options: Options, file: str | None = None) -> Config:
     """The config of one run.
 
@@ -161,6 +179,11 @@ def with_attack(config: Config) -> Config:
     return dataclasses.replace(
         config, attack=dataclasses.replace(config.attack, name=DEFAULT_ATTACK)
     )
+
+
+def with_seed(config: Config, seed: int) -> Config:
+    """``config`` under another root seed."""
+    return dataclasses.replace(config, seed=seed)
 
 
 def show_fields(base: Config) -> None:

@@ -8,7 +8,7 @@ model or a plug-in said is ever read as markup.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,13 +65,12 @@ class BarProgress(Listener):
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-        from rich.table import Column
 
         self.bar = Progress(
             TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=16),
             TimeRemainingColumn(compact=True),
-            _figures(Column(no_wrap=True)),
+            text_column(_figures),
         )
 
     def start(self, config: Any, done: int, total: int) -> None:
@@ -89,19 +88,25 @@ class BarProgress(Listener):
         self.bar.stop()
 
 
-def _figures(column: Any) -> Any:
+def text_column(say: Callable[[Any], tuple[Any, ...]]) -> Any:
+    """A column of a progress bar: ``say`` gives the words and their style for a task."""
     from rich.progress import ProgressColumn
+    from rich.table import Column
     from rich.text import Text
 
-    class Figures(ProgressColumn):
-        """Harm with its interval, refusal, help, reward, and the side of the limit."""
+    class Words(ProgressColumn):
+        """Plain words, never markup."""
 
         def render(self, task: Any) -> Text:
-            text, inside = describe(task.fields["row"])
-            style = "bold red" if inside is False else "green"
-            return Text.assemble((side(inside), style), "  ", text)
+            """What ``say`` makes of the task."""
+            return Text(*say(task))
 
-    return Figures(table_column=column)
+    return Words(table_column=Column(no_wrap=True))
+
+
+def _figures(task: Any) -> tuple[str, str]:
+    text, inside = describe(task.fields["row"])
+    return f"{side(inside)}  {text}", "red" if inside is False else "green"
 
 
 @contextmanager

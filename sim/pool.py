@@ -1,0 +1,149 @@
+"""Worker processes that work off runs one after another and tell of every round.
+
+Processes are spawned, not forked: a forked torch may hang. Each has a pipe of its own, so a process
+that dies (killed, out of memory) takes down the one run that it was at: that run is recorded as
+failed, another process takes its place, and the rest go on. A worker whose parent is gone finds
+its pipe closed and ends.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import traceback
+from collections import deque
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sim.listener import Listener
+from sim.sweep_progress import SweepListener
+
+
+class Job(NamedTuple):
+    """One run to do: where, and the dict of its config."""
+
+    path: Path
+    config: dict[str, Any]
+
+
+class Worker:
+    """A process, the end of its pipe, and the job it is at."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()  # so that the pipe ends when the process does
+        self.job: Job | None = None
+
+    def give(self, job: Job) -> None:
+        """Start on ``job``."""
+        self.job = job
+        self.pipe.send(job)
+
+    def stop(self) -> None:
+        """End the process, whatever it is doing."""
+        self.process.terminate()
+        self.process.join()
+        self.pipe.close()
+
+
+def work_off(
+    jobs: Sequence[Job], processes: int | None, listener: SweepListener
+) -> dict[Path, str]:
+    """Do every job; returns what went wrong, by path.
+
+    Raises:
+        ValueError: fewer than one process.
+    """
+    if processes is not None and processes < 1:
+        raise ValueError(f"jobs={processes}; allowed: >= 1")
+    failures: dict[Path, str] = {}
+    waiting = deque(jobs)
+    workers = [Worker() for _ in range(min(processes or os.cpu_count() or 1, len(jobs)))]
+    try:
+        while True:
+            for worker in workers:
+                if worker.job is None and waiting:
+                    worker.give(waiting.popleft())
+            busy = {worker.pipe: worker for worker in workers if worker.job}
+            if not busy:
+                return failures
+            for pipe in wait_for(list(busy)):
+                worker = busy[pipe]
+                job, failure = worker.job, _hear(worker, listener)
+                if failure and job:
+                    failures[job.path] = failure
+                    listener.failed(job.path, failure)
+                if not worker.process.is_alive():
+                    worker.stop()
+                    workers[workers.index(worker)] = Worker()
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+def _hear(worker: Worker, listener: SweepListener) -> str | None:
+    """Pass on one message of ``worker``; returns the failure that it tells of, if any."""
+    assert worker.job, "an idle worker has nothing to say"
+    path = worker.job.path
+    try:
+        kind, content = worker.pipe.recv()
+    except (EOFError, ConnectionResetError):
+        worker.process.join()
+        worker.job = None
+        return f"its process ended with code {worker.process.exitcode} (killed, or out of memory)"
+    if kind == "round":
+        listener.round(path, content)
+        return None
+    worker.job = None
+    if kind == "done":
+        listener.done(path, content)
+        return None
+    return content
+
+
+class _Relay(Listener):
+    """Sends a run's rounds through the pipe."""
+
+    def __init__(self, pipe: Connection):
+        self.pipe = pipe
+
+    def round(self, row: dict[str, Any]) -> None:
+        """Pass the row on."""
+        self.pipe.send(("round", row))
+
+
+def serve(pipe: Connection) -> None:
+    """What a worker process does: jobs, until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    try:
+        while True:
+            pipe.send(_do(pipe.recv(), _Relay(pipe)))
+    except (EOFError, BrokenPipeError):
+        return
+
+
+def _do(job: Job, relay: Listener) -> tuple[str, Any]:
+    """Run or resume one job; a failure is told in a line, and in full beside the directory."""
+    from sim.config import from_dict
+    from sim.run import run
+
+    error_file = job.path.with_name(f"{job.path.name}.error.txt")
+    try:
+        resume = (job.path / "manifest.json").is_file()
+        if job.path.is_dir() and not resume and not any(job.path.iterdir()):
+            job.path.rmdir()  # killed between making the directory and writing to it
+        summary = run(from_dict(job.config), job.path, resume=resume, listener=relay)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        error_file.write_text(traceback.format_exc())
+        return "failed", f"{type(error).__name__}: {error} (see {error_file})"
+    error_file.unlink(missing_ok=True)
+    return "done", summary

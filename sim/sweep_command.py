@@ -1,0 +1,125 @@
+"""``poisonloop sweep``: the flags of ``run``, any of which may be given several values."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+
+from sim import flags
+from sim.arms import ARM_SETS, ArmSet
+from sim.config import PRESETS, Config
+from sim.sweep import plan, sweep
+from sim.sweep_progress import sweep_progress
+from sim.sweep_table import print_table
+
+USAGE = """\
+usage: poisonloop sweep [PRESET] [flags of `poisonloop run`, each with one value or several]
+
+  poisonloop sweep --rho 0 .05 .1 .2 --learner grpo dpo --seeds 4
+  poisonloop sweep demo --rho .4 --defence none refusal_loss freeze small_lr+refusal_loss
+  poisonloop sweep --arms demo --seeds 2 --out runs/demo
+
+Every combination is a run; runs of one seed share prompts and honest votes across arms. Type the
+command again to continue a stopped sweep, or with more values to widen it.
+
+  --seeds N        seeds 0 to N-1, from --seed where that is given (or list them: --seed 0 3 7)
+  --jobs N         runs at a time (default: one per core, {cores} here)
+  --out DIR        folder of the run directories (default runs/sweep)
+  --config FILE    YAML or JSON, read before the flags
+  --defence a+b    a stack within one arm; `none` is no defence
+  --arms NAME      a named set of arms instead of combinations: {arms}
+
+presets: {presets}
+"""
+
+
+def command(words: list[str]) -> int:
+    """Run the sweep that ``words`` describe; 1 when a run failed."""
+    preset, options = flags.read(words)
+    if "--help" in options:
+        lists = {"arms": ", ".join(ARM_SETS), "presets": ", ".join(PRESETS)}
+        print(USAGE.format(cores=os.cpu_count(), **lists), end="")
+        return 0
+    out = Path(flags.take(options, "--out") or "runs/sweep")
+    jobs = flags.whole(options, "--jobs") or os.cpu_count() or 1
+    file, arms = flags.take(options, "--config"), flags.take(options, "--arms")
+    seeds = chosen_seeds(options)
+    configs: list[Config] | dict[str, list[Config]]
+    if arms is None:
+        configs = [flags.with_seed(c, s) for c in grid(preset, options, file) for s in seeds]
+    else:
+        configs = {
+            name: [flags.with_seed(config, seed) for seed in seeds]
+            for name, config in named_arms(arms, preset, options, file).items()
+        }
+    cells = plan(configs, out)
+    rounds = sorted({cell.config.rounds for cell in cells})
+    print(
+        f"{len(cells)} runs: {len({cell.arm for cell in cells})} arms x {len(seeds)} seeds, "
+        f"{' or '.join(map(str, rounds))} rounds each, {jobs} at a time; in {out}/"
+    )
+    with sweep_progress() as listener:
+        table = sweep(configs, out, jobs, listener)
+    print_table(table)
+    return _finish(table, out)
+
+
+def _finish(table: dict, out: Path) -> int:
+    from sim.analysis.report import write_report
+
+    done = [Path(run["path"]) for run in table["runs"] if run["failure"] is None]
+    print(f"Table:    {out / 'table.csv'}, {out / 'table.json'}")
+    if done:
+        print(f"Pictures: {', '.join(map(str, write_report(done, out)))}")
+    failed = [run for run in table["runs"] if run["failure"]]
+    for run in failed:
+        print(f"Failed:   {run['path']}: {run['failure']}")
+    return 1 if failed else 0
+
+
+def chosen_seeds(options: flags.Options) -> list[int]:
+    """Take ``--seed`` and ``--seeds`` out of ``options``.
+
+    Raises:
+        ValueError: not whole numbers, or ``--seeds`` with a list of seeds.
+    """
+    count = flags.whole(options, "--seeds")
+    listed = [flags.to_whole("--seed", value) for value in options.pop("--seed", ["0"])]
+    if count is None:
+        return list(dict.fromkeys(listed))
+    if len(listed) != 1 or count < 1:
+        raise ValueError(f"--seeds {count} with --seed {listed}; allowed: >= 1 from one first seed")
+    return list(range(listed[0], listed[0] + count))
+
+
+def grid(preset: str | None, options: flags.Options, file: str | None) -> list[Config]:
+    """Every combination of the flags that have several values."""
+    known = flags.paths(flags.build(preset, {}, file))
+    axes = {
+        flag: values
+        for flag, values in options.items()
+        if len(values) > 1 and not isinstance(known.get(flags.SHORT.get(flag, flag)), tuple | dict)
+    }
+    fixed = {flag: values for flag, values in options.items() if flag not in axes}
+    return [
+        flags.build(preset, {**fixed, **dict(zip(axes, ([v] for v in chosen), strict=True))}, file)
+        for chosen in itertools.product(*axes.values())
+    ]
+
+
+def named_arms(
+    name: str, preset: str | None, options: flags.Options, file: str | None
+) -> dict[str, Config]:
+    """The arms of a named set, each with the flags that were typed besides.
+
+    Raises:
+        ValueError: unknown set.
+    """
+    if name not in ARM_SETS:
+        raise ValueError(f"arms={name!r}; allowed: {', '.join(ARM_SETS)}")
+    chosen: ArmSet = ARM_SETS[name]
+    return {
+        arm: flags.build(preset or chosen.preset, {**options, **flags.read(words.split())[1]}, file)
+        for arm, words in chosen.arms.items()
+    }
