@@ -1,4 +1,4 @@
-"""The cost monitor: hand-worked e-values, error rates by simulation, dates, outcomes, round trips."""
+"""The cost monitor: hand-worked e-values, error rates by simulation, dates, outcomes, state."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def first_confirmed(curve: np.ndarray, n: int, limit: float, runs: int, seed: in
 
 
 def test_e_value_by_hand():
-    """b = .5: bets are .05/.25, .1/.25, .2/.25, .4/.25, so an all-harmful draw grows 1 + bet / 2."""
+    """b = .5: bets are .05/.25, .1/.25, .2/.25, .4/.25, a harmful draw grows 1 + bet / 2."""
     process = EProcess(0.5)
     np.testing.assert_allclose(process.bets, [0.2, 0.4, 0.8, 1.6])
     # t = 1: half the stake entered and is multiplied, half waits.

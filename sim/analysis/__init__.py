@@ -1,0 +1,1 @@
+"""Reading run directories: tables, exit times across seeds, pictures and reports."""

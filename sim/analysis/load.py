@@ -1,0 +1,162 @@
+"""Run directories as data frames. Everything here starts from files; nothing looks at live objects.
+
+A run that is still going, was killed, or diverged is read like any other: its last line may be half
+written (it is dropped) and its ``summary.json`` may be missing (then ``summary`` is empty).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory."""
+
+    path: Path
+    """Where it lies."""
+    manifest: dict[str, Any]
+    """``manifest.json``; ``manifest["config"]`` is what was asked for."""
+    summary: dict[str, Any]
+    """``summary.json``, empty while the run has not ended."""
+    rounds: pd.DataFrame
+    """One row per round, ``round`` ascending; missing values are NaN."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The run's configuration."""
+        return self.manifest.get("config", {})
+
+    @property
+    def seed(self) -> int:
+        """Root seed."""
+        return int(self.config.get("seed", 0))
+
+    @property
+    def learner(self) -> str:
+        """Registered name of the learner."""
+        return str(self.config.get("learner", {}).get("name", "?"))
+
+    @property
+    def arm(self) -> str:
+        """What distinguishes the run from others of its experiment, its seed apart."""
+        name = self.config.get("attack", {}).get("name", "none")
+        attacked = f"{name} ρ={self.rho:g}" if self.rho > 0 else "clean"
+        return " + ".join([attacked, *self.config.get("defences", [])])
+
+    @property
+    def rho(self) -> float:
+        """Share of adversaries that was asked for."""
+        return float(self.config.get("attack", {}).get("rho", 0.0))
+
+    @property
+    def limit(self) -> float:
+        """Limit b on mean harm."""
+        limits = self.summary.get("limits") or {}
+        return float(limits.get("harm", self.config.get("evaluation", {}).get("cost_limit", 0.25)))
+
+    @property
+    def level(self) -> float:
+        """Share of alpha that belongs to the harm constraint."""
+        evaluation = self.config.get("evaluation", {})
+        alpha = float(self.summary.get("alpha", evaluation.get("alpha", 0.05)))
+        constraints = self.summary.get("limits") or {"harm": 0, **evaluation.get("limits", {})}
+        return alpha / len(constraints)
+
+    @property
+    def evaluations(self) -> pd.DataFrame:
+        """The rounds at which the policy was measured."""
+        return self.rounds[self.column("safety/harm").notna()]
+
+    def column(self, name: str) -> pd.Series:
+        """Give one column of ``rounds`` as floats; all NaN if the run did not record it."""
+        if name not in self.rounds:
+            return pd.Series(np.nan, index=self.rounds.index, name=name)
+        return pd.to_numeric(self.rounds[name], errors="coerce").astype(float)
+
+    def exit_round(self, kind: str) -> int | None:
+        """Round of the ``naive``, ``confirmed`` or ``true`` exit; None when there was none."""
+        when = self.summary.get(f"exit_{kind}")
+        return None if when is None else int(when["rounds"] if "rounds" in when else when["round"])
+
+    def table(self, name: str) -> pd.DataFrame:
+        """Join the parts of ``labels``, ``truth`` or ``samples``; empty if there are none."""
+        import pyarrow.parquet as pq
+
+        parts = sorted((self.path / name).glob("part-*.parquet"))
+        frames = [pq.read_table(part).to_pandas() for part in parts]
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def load_run(path: Path | str) -> Run:
+    """Read one run directory.
+
+    Raises:
+        ValueError: not a run directory, or a damaged file (a half-written last line is not damage).
+    """
+    path = Path(path)
+    for needed in ("manifest.json", "rounds.jsonl"):
+        if not (path / needed).is_file():
+            raise ValueError(f"run={str(path)!r} has no {needed}; allowed: a run directory")
+    summary = path / "summary.json"
+    return Run(
+        path=path,
+        manifest=_json(path / "manifest.json"),
+        summary=_json(summary) if summary.is_file() else {},
+        rounds=_rounds(path / "rounds.jsonl"),
+    )
+
+
+def load_runs(paths: Iterable[Path | str]) -> list[Run]:
+    """Read several; a directory that holds run directories stands for all of them, sorted by name.
+
+    Raises:
+        ValueError: no run among the paths, or one that cannot be read.
+    """
+    runs = []
+    for path in map(Path, paths):
+        if (path / "manifest.json").is_file() or not path.is_dir():
+            runs.append(load_run(path))
+        else:
+            runs += [load_run(found.parent) for found in sorted(path.glob("*/manifest.json"))]
+    if not runs:
+        raise ValueError(f"runs={[str(p) for p in paths]}: no run found; allowed: run directories")
+    return runs
+
+
+def by_arm(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """Runs grouped by arm: clean, undefended, defended; learners are named where they differ."""
+    runs = sorted(runs, key=lambda run: (bool(run.config.get("defences")), run.rho))
+    several = len({run.learner for run in runs}) > 1
+    arms: dict[str, list[Run]] = {}
+    for run in runs:
+        arms.setdefault(f"{run.learner}: {run.arm}" if several else run.arm, []).append(run)
+    return arms
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not JSON ({error}); restore or delete it") from None
+
+
+def _rounds(path: Path) -> pd.DataFrame:
+    lines = path.read_text().splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{str(path)!r} line {number} is damaged ({error})") from None
+    if not rows:
+        raise ValueError(f"{str(path)!r} holds no complete round yet")
+    return pd.DataFrame(rows).sort_values("round", ignore_index=True)

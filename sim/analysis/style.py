@@ -1,0 +1,131 @@
+"""How every picture looks: dark on white, colours that stay apart for colour-blind readers.
+
+Colours are those of Okabe & Ito (2008). Every picture carries a caption that says what the band is
+and how many draws or runs are behind it.
+"""
+
+from __future__ import annotations
+
+import functools
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, GREY, LIGHT = "#222222", "#5f5f5f", "#d9d9d9"
+BLUE, VERMILION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#b4619a"
+SKY, AMBER, BLACK = "#56b4e9", "#c78500", "#222222"
+CYCLE = (BLUE, VERMILION, GREEN, PURPLE, AMBER, SKY, BLACK)
+DASHES = ("-", "--", "-.", ":")
+"""Line styles that tell arms apart once the colours are used up."""
+RC = {
+    "figure.dpi": 100,
+    "savefig.dpi": 150,
+    "font.size": 10.5,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlesize": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "legend.frameon": False,
+    "lines.solid_capstyle": "round",
+}
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def styled(plot: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: draw under our settings and leave the caller's alone."""
+
+    @functools.wraps(plot)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
+        from matplotlib import rc_context
+
+        with rc_context(RC):
+            return plot(*args, **kwargs)
+
+    return drawn
+
+
+def axes(ax: Axes | None, width: float = 7.6, height: float = 4.6) -> Axes:
+    """``ax`` itself, or the axes of a new figure that leaves pyplot's global state alone."""
+    if ax is not None:
+        return ax
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure.add_subplot()
+
+
+def line_style(index: int) -> tuple[str, str]:
+    """Colour and dash of the ``index``-th arm."""
+    return CYCLE[index % len(CYCLE)], DASHES[index // len(CYCLE) % len(DASHES)]
+
+
+def caption(ax: Axes, text: str, below: float = 38.0) -> None:
+    """Grey text under ``ax``, wrapped to its width; ``below`` is the distance in points."""
+    figure = ax.get_figure(root=True)
+    width = ax.get_position().width * figure.get_figwidth()
+    ax.annotate(
+        textwrap.fill(text, max(40, int(width * 16))), (0, 0), xycoords="axes fraction",
+        xytext=(0, -below), textcoords="offset points", va="top", ha="left", fontsize=8.5,
+        color=GREY, linespacing=1.35, annotation_clip=False,
+    )  # fmt: skip
+
+
+def unsafe_region(ax: Axes, limit: float) -> None:
+    """Tint what lies above the limit, and say so."""
+    ax.axhspan(limit, 1.02, color=VERMILION, alpha=0.06, lw=0, zorder=0)
+    ax.axhline(limit, color=VERMILION, lw=1.2, ls="--", zorder=1)
+    ax.annotate(
+        f"outside the safe set: mean harm above b = {limit:g}", (0.012, 0.985),
+        xycoords="axes fraction", va="top", color=VERMILION, fontsize=9,
+    )  # fmt: skip
+
+
+def label_ends(ax: Axes, ends: list[tuple[float, float, str, str]], gap: float = 0.055) -> None:
+    """Write labels at line ends (x, y, text, colour), moved apart vertically where they collide.
+
+    Args:
+        ax: axes whose limits are final.
+        ends: one entry per line.
+        gap: least distance between labels, as a share of the axes' height.
+    """
+    low, high = ax.get_ylim()
+    order = sorted(range(len(ends)), key=lambda i: ends[i][1])
+    heights = [(ends[i][1] - low) / (high - low) for i in order]
+    for _ in range(50):  # push neighbours apart symmetrically until all fit
+        for k in range(len(heights) - 1):
+            overlap = gap - (heights[k + 1] - heights[k])
+            if overlap > 1e-6:
+                heights[k] -= overlap / 2
+                heights[k + 1] += overlap / 2
+        shift = max(0.0, 0.03 - min(heights, default=1.0))
+        heights = [h + shift for h in heights]
+    right = max((x for x, *_ in ends), default=0.0)
+    for i, h in zip(order, heights, strict=True):
+        _, _, text, colour = ends[i]
+        ax.annotate(
+            text, (right, low + h * (high - low)), xytext=(6, 0), textcoords="offset points",
+            color=colour, va="center", fontsize=9.5, annotation_clip=False,
+        )  # fmt: skip
+
+
+def save(ax: Axes, path: Path) -> Path:
+    """Write the figure of ``ax`` as PNG, cropped to its content."""
+    figure: Figure = ax.get_figure(root=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=RC["savefig.dpi"], bbox_inches="tight", pad_inches=0.15)
+    return path

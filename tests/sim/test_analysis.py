@@ -1,0 +1,365 @@
+"""Reading runs, exit times across seeds, pictures and pages; the runs are written here."""
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from matplotlib.text import Text
+
+from envs.collapse import Fluency
+from envs.monitor import CostMonitor
+from sim.analysis.arms import plot_arms, plot_survival
+from sim.analysis.load import by_arm, load_run, load_runs
+from sim.analysis.plots import RHO, plot_cost_trace, plot_reward_vs_harm, plot_rho
+from sim.analysis.report import write_report
+from sim.analysis.survival import exit_table, kaplan_meier, log_rank, rmst, rmst_difference
+from sim.analysis.tables import arm_table, run_table
+
+
+def write_run(
+    path: Path,
+    rho: float = 0.25,
+    seed: int = 0,
+    crossing: float = 9.0,
+    defences: tuple[str, ...] = (),
+    learner: str = "grpo",
+    rounds: int = 20,
+    hostile: str = "",
+) -> Path:
+    """A small run directory; harm rises through .35 at round ``crossing`` (inf: never)."""
+    rng = np.random.default_rng(seed)
+    monitor = CostMonitor(planned=rounds + 1, watched={"harm_classifier": 0.25})
+    path.mkdir(parents=True)
+    config = {
+        "seed": seed,
+        "rounds": rounds,
+        "learner": {"name": learner},
+        "attack": {"name": "harmful_asker", "rho": rho},
+        "defences": list(defences),
+        "evaluation": {"cost_limit": 0.25, "alpha": 0.05, "limits": {}},
+    }
+    (path / "manifest.json").write_text(json.dumps({"config": config}))
+    lines = []
+    for r in range(rounds + 1):
+        mean = 0.03 + 0.32 * (1 + np.tanh((r - crossing) / 2.6)) + 0.01 * rng.random()
+        clocks = {"labels": 64 * r, "optimizer_steps": 4 * r}
+        clocks |= {"malicious_labels": int(64 * rho) * r, "flips": int(12 * rho) * r}
+        costs = (rng.random(128) < mean).astype(float)
+        fluency = Fluency(4.0 + rng.random(), 0.01, 0.5 + 0.01 * r)
+        row = monitor.observe(r, clocks, {"harm": costs, "harm_classifier": costs}, fluency)
+        row |= {"helpfulness": fluency.help, "utility": 0.2 + 0.02 * r, "labels": 64 if r else None}
+        row["reward"] = float(-0.5 + 0.07 * r + 0.5 * mean) if r and learner == "grpo" else None
+        share = rng.binomial(64, rho) / 64
+        names = ("annotators", "labels", "flips", "risk_flips", "post")
+        shares = (rho, share, share / 3, min(1.0, 1.4 * share), share / 3 + 0.02)
+        row |= {f"feedback/rho_{k}": v if r else None for k, v in zip(names, shares, strict=True)}
+        row |= {f"clock/{k}": v for k, v in clocks.items()}
+        lines.append(json.dumps(row, allow_nan=False))
+        if r:
+            write_samples(path, r, rng, hostile)
+    (path / "rounds.jsonl").write_text("\n".join(lines) + "\n")
+    summary = monitor.summary() | {"exit_true": None, "help_gain": 0.2, "learning_retained": 0.9}
+    if summary["exit_confirmed"]:
+        summary["exit_true"] = {"round": int(crossing) - 1, "labels": 64 * (int(crossing) - 1)}
+    (path / "summary.json").write_text(json.dumps(summary, allow_nan=False))
+    return path
+
+
+def write_samples(path: Path, r: int, rng: np.random.Generator, hostile: str) -> None:
+    """Eight comparisons of invented words."""
+    words = np.array(["mokel", "tarvi", "bessun", "lirat", "dovane", "quill", "sarn", "pelt"])
+    text = [" ".join(rng.choice(words, 6)) for _ in range(24)]
+    columns = {
+        "round": [r] * 8,
+        "label_id": list(range(64 * r, 64 * r + 8)),
+        "item": list(range(64 * r, 64 * r + 8)),
+        "prompt": [hostile + t for t in text[:8]],
+        "answer_a": text[8:16],
+        "answer_b": text[16:],
+        "vote": rng.choice(["a", "b", "tie", "skip"], 8).tolist(),
+        "honest_vote": rng.choice(["a", "b"], 8).tolist(),
+        "annotator": rng.integers(0, 100, 8).tolist(),
+        "adversarial": (rng.random(8) < 0.25).tolist(),
+        "stratum": rng.choice(["benign", "contrast", "harmful"], 8).tolist(),
+        "cost_a": rng.random(8).astype(np.float32),
+        "cost_b": rng.random(8).astype(np.float32),
+    }
+    (path / "samples").mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns), path / "samples" / f"part-{r:06d}.parquet")
+
+
+@pytest.fixture(scope="module")
+def arms(tmp_path_factory):
+    """Three arms of two seeds: clean, undefended, defended."""
+    root = tmp_path_factory.mktemp("runs")
+    for seed in range(2):
+        write_run(root / f"clean-{seed}", 0.0, seed, np.inf)
+        write_run(root / f"attacked-{seed}", 0.25, seed, 8.0 + 2 * seed)
+        write_run(root / f"defended-{seed}", 0.25, seed, np.inf, ("refusal_loss",))
+    return root
+
+
+# Reading runs.
+
+
+def test_half_written_last_line_is_dropped(tmp_path):
+    path = write_run(tmp_path / "run", rounds=6)
+    with open(path / "rounds.jsonl", "a") as file:
+        file.write('{"round": 7, "safety/ha')
+    assert load_run(path).rounds["round"].tolist() == list(range(7))
+    lines = (path / "rounds.jsonl").read_text().splitlines()
+    (path / "rounds.jsonl").write_text("\n".join([lines[0], lines[1][:40], *lines[2:]]))
+    with pytest.raises(ValueError, match="line 2 is damaged"):
+        load_run(path)
+
+
+def test_missing_values_are_nan_and_evaluations_are_found(tmp_path):
+    run = load_run(write_run(tmp_path / "run", learner="dpo", rounds=4))
+    assert run.column("reward").isna().all() and run.column("never_recorded").isna().all()
+    lines = [json.loads(line) for line in (run.path / "rounds.jsonl").read_text().splitlines()]
+    lines[2]["safety/harm"] = None
+    (run.path / "rounds.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert load_run(run.path).evaluations["round"].tolist() == [0, 1, 3, 4]
+
+
+def test_not_a_run_is_named(tmp_path):
+    with pytest.raises(ValueError, match="manifest.json"):
+        load_run(tmp_path)
+    with pytest.raises(ValueError, match="no run found"):
+        load_runs([tmp_path])
+
+
+def test_arms_in_reading_order(arms):
+    grouped = by_arm(load_runs([arms]))
+    assert list(grouped) == [
+        "clean",
+        "harmful_asker ρ=0.25",
+        "harmful_asker ρ=0.25 + refusal_loss",
+    ]
+    assert [len(members) for members in grouped.values()] == [2, 2, 2]
+
+
+def test_samples_come_back_in_order(arms):
+    samples = load_run(arms / "clean-0").table("samples")
+    assert samples["round"].tolist() == [r for r in range(1, 21) for _ in range(8)]
+    assert load_run(arms / "clean-0").table("truth").empty
+
+
+# Exit times across seeds.
+
+
+def test_exit_table_censors_runs_that_stay_inside(arms):
+    table = exit_table(load_runs([arms]), "labels").set_index(["arm", "seed"])
+    exited = table.loc[("harmful_asker ρ=0.25", 0)]
+    summary = load_run(arms / "attacked-0").summary
+    assert exited["event"] and exited["time"] == summary["exit_confirmed"]["labels"]
+    assert [exited["left"], exited["right"]] == summary["bracket"]
+    inside = table.loc[("clean", 1)]
+    assert not inside["event"] and inside["time"] == 64 * 20 and np.isinf(inside["right"])
+
+
+def test_rmst_by_hand():
+    """Exits at 1, 2, 3: the area is 1 + 2/3 + 1/3 and the error that of a plain mean."""
+    whole = rmst(np.array([1, 2, 3]), np.array([True] * 3), 4.0)
+    assert whole.value == pytest.approx(2.0)
+    assert whole.error == pytest.approx(np.sqrt(2 / 3 / 3))
+    assert whole.low is None  # too few runs for an interval
+    # Exit at 1, censored at 2, exit at 3, censored at 4: S = 3/4 from 1, 3/8 from 3.
+    mixed = rmst(np.array([1, 2, 3, 4]), np.array([True, False, True, False]), 4.0)
+    assert mixed.value == pytest.approx(1 + 2 * 0.75 + 0.375)
+    # Greenwood: areas right of the exits 1.875 and .375, terms 1/(4*3) and 1/(2*1).
+    assert mixed.error == pytest.approx(np.sqrt(1.875**2 / 12 + 0.375**2 / 2))
+
+
+def test_rmst_error_is_that_of_the_estimator():
+    """Spread of the estimate over repeated experiments, which lifelines' number misses by far."""
+    rng = np.random.default_rng(7)
+    lives = rng.weibull(4, (800, 40)) * 70
+    time, event = np.minimum(lives, 80), lives <= 80
+    found = [rmst(t, e, 80.0) for t, e in zip(time, event, strict=True)]
+    spread = np.std([f.value for f in found])
+    assert np.mean([f.error for f in found]) == pytest.approx(spread, rel=0.1)
+    covered = [f.low <= np.minimum(rng.weibull(4, 10**5) * 70, 80).mean() <= f.high for f in found]
+    assert 0.90 <= np.mean(covered) <= 0.99
+
+
+def test_rmst_refuses_what_nobody_saw():
+    with pytest.raises(ValueError, match="horizon"):
+        rmst(np.array([1, 5]), np.array([True, False]), 9.0)
+
+
+def test_kaplan_meier_by_hand():
+    curve = kaplan_meier(np.array([1, 2, 3, 4]), np.array([True, False, True, False]))
+    assert curve["survival"].tolist() == pytest.approx([1, 0.75, 0.75, 0.375, 0.375])
+    assert curve["at_risk"].tolist() == [4, 4, 3, 2, 1]
+    assert curve["censored"].tolist() == [0, 0, 1, 0, 1]
+    # Log-log band at t = 1: S ** exp(+-1.96 s), s = sqrt(1/12) / |ln .75|.
+    s = np.sqrt(1 / 12) / abs(np.log(0.75))
+    expected = sorted(0.75 ** np.exp(sign * 1.96 * s) for sign in (-1, 1))
+    assert curve.loc[1, ["lower", "upper"]].tolist() == pytest.approx(expected, abs=1e-3)
+
+
+def table_of(times: dict[str, list[float]], horizon: float) -> pd.DataFrame:
+    rows = [
+        {"arm": arm, "seed": seed, "time": time, "event": time < horizon}
+        for arm, members in times.items()
+        for seed, time in enumerate(members)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_paired_difference_uses_the_pairing():
+    """Seeds differ widely, arms by exactly 10 within a seed: the paired error is zero."""
+    first = [20.0, 35.0, 50.0, 65.0, 80.0]
+    table = table_of({"defended": [t + 10 for t in first], "attacked": first}, 100.0)
+    rng = np.random.default_rng(0)
+    found = rmst_difference(table, "defended", "attacked", 95.0, rng, draws=200)
+    assert (found.value, found.n) == (pytest.approx(10.0), 5)
+    assert found.low == pytest.approx(10.0) and found.high == pytest.approx(10.0)
+    with pytest.raises(ValueError, match="other"):
+        rmst_difference(table, "other", "attacked", 95.0, rng)
+
+
+def test_no_p_value_below_four_seeds():
+    many = table_of({"a": [10.0, 12, 14, 16], "b": [30.0, 34, 36, 38]}, 100.0)
+    assert log_rank(many, "a", "b") < 0.05
+    few = many[many["seed"] < 3]
+    with pytest.raises(ValueError, match="at least 4"):
+        log_rank(few, "a", "b")
+    rng = np.random.default_rng(0)
+    assert rmst_difference(few, "a", "b", 35.0, rng, draws=50).low is None
+
+
+# Pictures and pages.
+
+
+def drawn_text(ax) -> str:
+    figure = ax.get_figure(root=True)
+    return " ".join(text.get_text() for text in figure.findobj(Text)).replace("\n", " ")
+
+
+def test_cost_trace_shows_what_the_summary_says(arms):
+    run = load_run(arms / "attacked-0")
+    words = drawn_text(plot_cost_trace(run))
+    for kind in ("naive", "confirmed"):
+        assert f"{kind} exit: round {run.exit_round(kind)}" in words
+    assert f"true crossing: round {run.exit_round('true')}" in words
+    low, high = run.summary["bracket"]
+    assert f"bracket ({low}, {high}]" in words
+    assert "over 128 fresh harmful prompts" in words and "95% betting interval" in words
+    assert "exit: round" not in drawn_text(plot_cost_trace(load_run(arms / "clean-0")))
+
+
+def test_reward_is_replaced_by_utility_where_there_is_none(arms, tmp_path):
+    assert "reward model" in plot_reward_vs_harm(load_run(arms / "clean-0")).get_xlabel()
+    dpo = load_run(write_run(tmp_path / "dpo", learner="dpo", rounds=5))
+    ax = plot_reward_vs_harm(dpo)
+    assert ax.get_xlabel().startswith("utility")
+    np.testing.assert_allclose(ax.lines[-1].get_xdata(), dpo.column("utility"))
+
+
+def test_rho_draws_all_five(arms):
+    words = drawn_text(plot_rho(load_run(arms / "attacked-0")))
+    assert "25% of people" in words
+    assert all(meaning in words for meaning in RHO.values())
+
+
+def test_survival_picture_says_n_and_draws_no_band_for_few_seeds(arms, tmp_path):
+    few = plot_survival(load_runs([arms]))
+    assert "n = 2 per arm" in drawn_text(few) and "bands need 4 seeds" in drawn_text(few)
+    assert not few.collections
+    for seed in range(4):
+        write_run(tmp_path / str(seed), 0.25, seed, 4.0 + 2 * seed, rounds=14)
+    many = plot_survival(load_runs([tmp_path]), clock="labels")
+    assert "bands: 95%" in drawn_text(many) and len(many.collections) == 1
+
+
+def test_arms_picture_averages_the_seeds(arms):
+    ax = plot_arms(load_runs([arms]))
+    assert "n = 2 per arm" in drawn_text(ax)
+    means = [line.get_ydata() for line in ax.lines if line.get_linewidth() > 2]
+    pair = [load_run(arms / f"attacked-{s}").column("safety/harm") for s in range(2)]
+    np.testing.assert_allclose(means[1], np.mean(pair, axis=0))
+
+
+def test_tables(arms):
+    runs = load_runs([arms])
+    assert run_table(runs)["outcome"].tolist() == ["safe"] * 2 + ["exited"] * 2 + ["safe"] * 2
+    table = arm_table(runs).set_index("arm")
+    confirmed = [load_run(arms / f"attacked-{s}").exit_round("confirmed") for s in range(2)]
+    inside = table["rounds inside, of 20"]
+    assert inside["clean"] == 20 and inside["harmful_asker ρ=0.25"] == np.mean(confirmed)
+    assert table["standard error"].isna().all()
+
+
+def test_report_of_one_run_lies_beside_it(tmp_path):
+    path = write_run(tmp_path / "run")
+    written = write_report([path])
+    assert written[0] == path / "report.html"
+    names = {p.relative_to(path).as_posix() for p in written}
+    figures = {f"figures/{name}.png" for name in ("cost_trace", "reward_vs_harm", "rho")}
+    assert names == {"report.html", "samples.html"} | figures
+    page = written[0].read_text()
+    assert page.count("data:image/png;base64,") == 3 and "left the safe set" in page
+
+
+def test_report_of_several_needs_a_place(arms, tmp_path):
+    with pytest.raises(ValueError, match="out="):
+        write_report([arms])
+    written = write_report([arms], tmp_path / "report")
+    assert {"arms.png", "survival.png"} <= {p.name for p in written}
+    assert all(p.stat().st_size > 1000 for p in written)
+
+
+def test_report_of_a_run_killed_after_its_first_line(tmp_path):
+    path = write_run(tmp_path / "run", rounds=3)
+    first = (path / "rounds.jsonl").read_text().splitlines()[0]
+    (path / "rounds.jsonl").write_text(first + '\n{"round": 1')
+    (path / "summary.json").unlink()
+    assert "has not ended" in write_report([path])[0].read_text()
+
+
+HOSTILE = (
+    "</script><script>document.title='owned'</script><img src=x onerror=document.title=1><!-- "
+)
+
+
+def test_samples_cannot_leave_their_data_block(tmp_path):
+    write_report([write_run(tmp_path / "run", rounds=3, hostile=HOSTILE)])
+    page = (tmp_path / "run" / "samples.html").read_text()
+    data = re.search(r'id="samples">(.*?)</script>', page, re.S)
+    assert data is not None and "<" not in data[1]
+    rows = json.loads(data[1])
+    assert len(rows) == 24 and all(row["prompt"].startswith(HOSTILE) for row in rows)
+    assert "<img" not in page and "default-src 'none'" in page
+    policy = re.search(r"script-src 'sha256-([^']+)'", page)
+    script = re.search(r"<script>(.*?)</script>", page, re.S)
+    digest = hashlib.sha256(script[1].encode()).digest()
+    assert policy[1] == base64.b64encode(digest).decode()
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine to open the page with")
+def test_samples_page_in_a_browser(tmp_path):
+    """The page's own script runs under its policy, and the samples' does not."""
+    write_report([write_run(tmp_path / "run", rounds=3, hostile=HOSTILE)])
+    options = "--headless --no-sandbox --disable-gpu --no-first-run --disable-sync --dump-dom"
+    options += " --disable-background-networking --disable-component-update --disable-quic"
+    page = (tmp_path / "run" / "samples.html").as_uri()
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    command = [CHROMIUM, *options.split(), profile, page]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert dom.count('<div class="card') == 24
+    assert "24 of 24 recorded comparisons" in dom
+    assert "<title>Samples: " in dom and "owned</title>" not in dom
