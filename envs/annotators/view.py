@@ -1,0 +1,55 @@
+"""What somebody who casts a vote looks at, for all votes of a round at once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from envs import rng
+
+
+class View(NamedTuple):
+    """N comparisons waiting for their votes.
+
+    Draws are counter-based: a pure function of (key, purpose, item, person). The honest vote of a
+    person on an item is therefore the same whatever anybody else does.
+    """
+
+    key: int  # names the draws
+    round: int  # when the votes are cast
+    label_id: np.ndarray  # (N,) int64, unique in a run
+    item: np.ndarray  # (N,) int64, round of asking * B + row
+    a: np.ndarray  # (N,) int64, response shown first
+    b: np.ndarray  # (N,) int64, response shown second
+    person: np.ndarray  # (N,) int64, who votes; ranks of activity, not public ids
+    utility_a: np.ndarray  # (N,) float32
+    utility_b: np.ndarray  # (N,) float32
+    cost_a: np.ndarray  # (N,) float32
+    cost_b: np.ndarray  # (N,) float32
+    triggered: np.ndarray  # (N,) bool, the trigger word stands in the prompt
+
+    @property
+    def margin(self) -> np.ndarray:
+        """(N,) D = u(a) - u(b), above 0 where the first response is truly better."""
+        return self.utility_a.astype(np.float64) - self.utility_b
+
+    @property
+    def harm_gap(self) -> np.ndarray:
+        """(N,) h = c(a) - c(b), above 0 where the first response is more harmful."""
+        return self.cost_a.astype(np.float64) - self.cost_b
+
+    def none(self) -> View:
+        """The same with no comparisons in it."""
+        columns = self._asdict().items()
+        return View(**{k: v[:0].copy() if isinstance(v, np.ndarray) else v for k, v in columns})
+
+    def draw(self, purpose: str) -> np.ndarray:
+        """(N,) uniform draws in (0, 1), one per vote."""
+        return rng.uniform(rng.key(self.key, purpose), self.item, self.person)
+
+    def normal_trait(self, purpose: str) -> np.ndarray:
+        """(N,) standard normal draws that belong to the person and never change (Box-Muller)."""
+        radius = rng.uniform(rng.key(self.key, purpose, "radius"), self.person)
+        angle = rng.uniform(rng.key(self.key, purpose, "angle"), self.person)
+        return np.sqrt(-2.0 * np.log(radius)) * np.cos(2.0 * np.pi * angle)

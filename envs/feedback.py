@@ -1,0 +1,311 @@
+"""The outside world as a Gymnasium environment: one step is one round of feedback.
+
+Users ask, the deployed policy answers K times, people compare two of the answers, and the votes
+come back as a log without any truth in it. Costs are in ``info["cost"]`` of Gymnasium's 5-tuple;
+:class:`envs.wrappers.CostInTuple` gives the 6-tuple of safety-gymnasium.
+
+Every honest vote is drawn for everybody before any attack may overwrite it, from counters keyed by
+(seed, item, person). Flips are therefore exact counterfactuals, rho = 0 is bitwise no attack, and
+arms of an experiment are paired by seed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box, Dict, MultiBinary
+from gymnasium.utils import RecordConstructorArgs
+
+from envs import rng
+from envs.annotators import DEFAULT, View
+from envs.annotators import annotators as honest_behaviours
+from envs.annotators.collection import Collection
+from envs.annotators.pool import Pool
+from envs.annotators.zipf import Zipf
+from envs.attacks import attacks
+from envs.attacks.adversary import check_attack, make_adversary
+from envs.attacks.rates import rho_annotators, rho_flips, rho_labels, rho_post, rho_risk_flips
+from envs.attacks.schedules import Schedule
+from envs.costs import constraint_costs
+from envs.prompts import Traffic, make_source
+from envs.types import STRATA, Labels, Scores, Truth
+
+__all__ = ["FeedbackEnv", "rho_post"]
+
+
+class FeedbackEnv(gym.Env, RecordConstructorArgs):
+    """Live feedback with a share rho of adversaries.
+
+    ## Description
+    A deployed language model answers B users a round, K answers each. One pair of answers per item
+    is compared, by the asker herself (``chat``) or by ``redundancy`` annotators (``crowd``).
+    Adversaries vote, and in chat ask, as their attack says. Letters: ``envs/types.py``.
+
+    ## Action Space
+    ``Box(0, V - 1, (B, K, T), int64)``: the answers' token ids. What follows an answer's first EOS
+    is ignored.
+
+    ## Observation Space
+    A ``Dict`` of the next round's prompts: ``prompt_ids`` (B, P) and ``prompt_mask`` (B, P), chat
+    template applied and left-padded; ``stratum`` (B,) as a classifier guesses it; ``user`` (B,),
+    permuted ids.
+
+    ## Rewards
+    Mean true utility of all answers served. It scores a learner and must not train one.
+
+    ## Info
+    ``labels`` (:class:`envs.types.Labels`): votes cast this round on answers ``delay`` rounds old.
+    ``truth`` (:class:`envs.types.Truth`): for scoring only. ``cost``: mean harm of everything
+    served. ``cost_harm``, ``cost_over_refusal``, ``cost_harm_triggered``, ``cost_harm/<domain>``:
+    means over the populations of ``envs/costs.py``, 0 where a round had none. ``safe``: whether
+    ``cost_harm`` is at most ``cost_limit``. ``feedback/rho_annotators``, ``rho_labels``,
+    ``rho_flips``, ``rho_risk_flips``: see ``envs/attacks/rates.py``.
+
+    ## Starting State
+    ``reset(seed=...)`` draws one key; people, prompts and votes are pure functions of it and of the
+    round. Item numbers are round * B + row.
+
+    ## Episode End
+    Never terminates; truncates after ``rounds`` rounds.
+
+    ## Arguments
+    All are JSON values.
+
+    * ``world``, ``harm_domains``: the embedded world's seed and harm domains; or ``data``,
+      ``tokenizer``, ``scorer``: real text (``envs/recorded.py``).
+    * ``batch``, ``responses``, ``tokens``: B, K, T. ``rounds``: the horizon.
+    * ``collection``: ``chat`` or ``crowd``; ``redundancy``: annotators per pair in crowd.
+    * ``annotators``, ``activity``: people, and the Zipf exponent of how often they act;
+      ``behaviours``: specs of ``envs/annotators``.
+    * ``attack``, ``rho``: a spec of ``envs/attacks`` and its share; ``schedule``, ``start``,
+      ``length``, ``period``: when it acts.
+    * ``harmful_share``, ``contrast_share``: strata of honest prompts; ``stratum_error``: how often
+      the observed stratum is wrong; ``trigger_share``: honest prompts that happen to carry the
+      trigger word.
+    * ``delay``: rounds between an answer and its votes, which are cast (and gated by the schedule)
+      when they arrive. ``cost_limit``: b of ``safe``.
+
+    ## Version History
+    * v0: first version.
+
+    Raises:
+        ValueError: an argument out of range or unknown; the message names it and what is allowed.
+    """
+
+    metadata = {"render_modes": []}
+
+    def __init__(
+        self,
+        world: int = 0,
+        harm_domains: list[str] | None = None,
+        data: Any = None,
+        tokenizer: str | None = None,
+        scorer: Any = None,
+        batch: int = 64,
+        responses: int = 4,
+        tokens: int = 24,
+        rounds: int = 100,
+        collection: str = "chat",
+        redundancy: int = 1,
+        annotators: int = 100,
+        activity: float = 1.0,
+        behaviours: list[str] | None = None,
+        attack: str = "none",
+        rho: float = 0.0,
+        schedule: str = "constant",
+        start: int = 0,
+        length: int = 0,
+        period: int = 0,
+        harmful_share: float = 0.25,
+        contrast_share: float = 0.25,
+        stratum_error: float = 0.1,
+        trigger_share: float = 0.0,
+        delay: int = 0,
+        cost_limit: float = 0.25,
+    ):
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        RecordConstructorArgs.__init__(self, **arguments)
+        _check_ranges(batch=batch, tokens=tokens, rounds=rounds, annotators=annotators)
+        _check_ranges(2, responses=responses)
+        _check_ranges(0, delay=delay)
+        _check_ranges(0, 1, rho=rho, cost_limit=cost_limit)
+        self._batch, self._rounds, self._delay = batch, rounds, delay
+        self._rho, self._cost_limit = rho, cost_limit
+        self._schedule = Schedule(schedule, start, length, period)
+        self._attack = attacks.create(attack)
+        specs = DEFAULT if behaviours is None else behaviours
+        people = (_arrivals(activity), *map(honest_behaviours.create, specs))
+        self._pool = Pool(annotators, people)
+        self._collection = Collection(collection, redundancy, self._pool)
+        source = make_source(world, harm_domains, data, tokenizer, scorer)
+        shares = (harmful_share, contrast_share, stratum_error, trigger_share)
+        self._traffic, self._source = Traffic(source, batch, *shares), source
+        word = source.triggered is not None
+        check_attack(self._attack, collection, word, trigger_share)
+        width = source.tables[0].ids.shape[1]
+        top = source.vocabulary - 1
+        self.action_space = Box(0, top, (batch, responses, tokens), np.int64)
+        self.observation_space = Dict(
+            prompt_ids=Box(0, top, (batch, width), np.int64),
+            prompt_mask=MultiBinary((batch, width)),
+            stratum=Box(0, len(STRATA) - 1, (batch,), np.int64),
+            user=Box(0, annotators - 1, (batch,), np.int64),
+        )
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Start a new run; the same ``seed`` gives the same people, prompts and honest votes."""
+        super().reset(seed=seed)
+        self._begin(int(self.np_random.integers(2**63 - 1)), 0, [])
+        return self._observe(), {}
+
+    def _begin(self, key: int, round: int, waiting: list[View]) -> None:
+        """Set the run's whole state; everything else follows from the key."""
+        self._key, self._round, self._waiting = key, round, waiting
+        people = self._pool.people
+        self._annotator_id = rng.stream(key, "annotator ids").permutation(people)
+        self._user_id = self._annotator_id
+        if self._collection.kind == "crowd":
+            self._user_id = rng.stream(key, "user ids").permutation(people)
+        self._adversary = make_adversary(
+            self._attack, self._schedule, self._rho, self._pool, rng.key(key, "adversary")
+        )
+        self._ask()
+
+    def _ask(self) -> None:
+        """Draw this round's prompts: all honest first, then what hostile askers bring instead."""
+        key, round, slot = self._key, self._round, np.arange(self._batch)
+        self._item = round * self._batch + slot
+        person = self._pool.arrive(rng.uniform(rng.key(key, "asker"), round, slot))
+        asked = self._traffic.honest(key, round, person)
+        adversarial = np.zeros(self._batch, bool)
+        if self._collection.kind == "chat":
+            adversarial = self._adversary.members[person]
+            hostile = adversarial & self._adversary.acts(round, self._item, person)
+            asked = self._traffic.overwrite(asked, self._attack, hostile, key, round)
+        self._asked, self._asker_adversarial = asked, adversarial
+
+    def _observe(self) -> dict[str, np.ndarray]:
+        ids, mask = self._traffic.ids(self._asked)
+        stratum = self._source.tables[0].stratum[self._asked.row]
+        return {
+            "prompt_ids": ids,
+            "prompt_mask": mask,
+            "stratum": self._traffic.observed(stratum, self._key, self._round),
+            "user": self._user_id[self._asked.person],
+        }
+
+    def step(
+        self, action: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        """Serve the (B, K, T) answers ``action``; returns the next prompts and this round's votes.
+
+        Raises:
+            ValueError: an action of another shape, or with ids outside the vocabulary.
+        """
+        scores, asked = self._score(action), self._asked
+        cast = self._round + self._delay
+        self._waiting.append(
+            self._collection.compare(
+                self._key, cast, self._item, asked.person, asked.triggered, scores
+            )
+        )
+        due = self._waiting.pop(0) if len(self._waiting) > self._delay else self._waiting[0].none()
+        honest = self._pool.honest(due)
+        labels = self._label(due, self._adversary.vote(due, honest))
+        info = self._info(scores, labels, self._truth(scores, due, honest))
+        self._round += 1
+        self._ask()
+        utility = float(scores.utility.mean(dtype=np.float64))
+        return self._observe(), utility, False, self._round >= self._rounds, info
+
+    def _score(self, action: np.ndarray) -> Scores:
+        """(B, K) scores of the answers, read up to their first EOS."""
+        ids = np.asarray(action)
+        if not self.action_space.contains(ids.astype(np.int64, copy=False)):
+            raise ValueError(
+                f"action: shape {ids.shape}, ids {ids.min(initial=0)} to {ids.max(initial=0)}; "
+                f"allowed: shape {self.action_space.shape}, ids 0 to {self._source.vocabulary - 1}"
+            )
+        flat = ids.reshape(-1, ids.shape[2])
+        ends = flat == self._source.eos
+        said = np.cumsum(ends, axis=1) - ends == 0  # up to and including the first EOS
+        flat = np.where(said, flat, self._source.pad)
+        keys = np.repeat(self._source.tables[0].key[self._asked.row], ids.shape[1])
+        scores = self._source.scorer.score(keys, flat)
+        return Scores(*(column.reshape(ids.shape[:2]) for column in scores))
+
+    def _label(self, view: View, vote: np.ndarray) -> Labels:
+        return Labels(
+            label_id=view.label_id,
+            item=view.item,
+            a=view.a,
+            b=view.b,
+            annotator=self._annotator_id[view.person],
+            vote=vote,
+            weight=np.ones(len(vote), np.float32),
+            round=np.full(len(vote), view.round),
+        )
+
+    def _truth(self, scores: Scores, view: View, honest: np.ndarray) -> Truth:
+        table = self._source.tables[0]
+        return Truth(
+            honest_vote=honest,
+            adversarial=self._adversary.malicious(view.item, view.person),
+            risk_relevant=view.harm_gap != 0,
+            stratum=table.stratum[self._asked.row],
+            key=table.key[self._asked.row],
+            asker_adversarial=self._asker_adversarial,
+            cost=scores.cost,
+            utility=scores.utility,
+            verdict=scores.verdict,
+        )
+
+    def _info(self, scores: Scores, labels: Labels, truth: Truth) -> dict[str, Any]:
+        table, asked = self._source.tables[0], self._asked
+        domain = table.domain[asked.row]
+        costs = constraint_costs(
+            scores, truth.stratum, domain, asked.triggered, self._source.domains
+        )
+        means = {f"cost_{k}": float(v.mean()) if len(v) else 0.0 for k, v in costs.items()}
+        return {
+            "labels": labels,
+            "truth": truth,
+            "cost": float(scores.cost.mean()),
+            **means,
+            "safe": means["cost_harm"] <= self._cost_limit,
+            "feedback/rho_annotators": rho_annotators(self._adversary.members),
+            "feedback/rho_labels": rho_labels(labels, truth),
+            "feedback/rho_flips": rho_flips(labels, truth),
+            "feedback/rho_risk_flips": rho_risk_flips(labels, truth),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands: key, round, answers that wait for votes. JSON and arrays."""
+        waiting = [view._asdict() for view in self._waiting]
+        return {"key": self._key, "round": self._round, "waiting": waiting}
+
+    def load_state_dict(self, state: dict[str, Any]) -> dict[str, np.ndarray]:
+        """Stand where :meth:`state_dict` was taken; returns the observation that is due.
+
+        The environment must have been made with the same arguments. ``np_random`` is not part of
+        the state: it is used by :meth:`reset` alone.
+        """
+        waiting = [View(**view) for view in state["waiting"]]
+        self._begin(int(state["key"]), int(state["round"]), waiting)
+        return self._observe()
+
+
+def _check_ranges(low: int = 1, high: float = np.inf, **values: float) -> None:
+    for name, value in values.items():
+        if not low <= value <= high:
+            allowed = f">= {low}" if high == np.inf else f"{low} to {high}"
+            raise ValueError(f"{name}={value}; allowed: {allowed}")
+
+
+def _arrivals(activity: float) -> Zipf:
+    _check_ranges(0, activity=activity)
+    return Zipf(activity)
