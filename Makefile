@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: venv
-	$(BIN)/poisonloop sweep --arms demo --seeds 2 --jobs 2 --out runs/demo
+	$(BIN)/poisonloop sweep --study demo --jobs 2 --out runs/demo
 
 test: venv
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -181,11 +181,6 @@ def with_attack(config: Config) -> Config:
     )
 
 
-def with_seed(config: Config, seed: int) -> Config:
-    """``config`` under another root seed."""
-    return dataclasses.replace(config, seed=seed)
-
-
 def show_fields(base: Config) -> None:
     """Print every flag of ``base`` with its docstring and default."""
     with contextlib.suppress(SystemExit):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sim import flags
-from sim.arms import ARM_SETS, ArmSet
 from sim.config import PRESETS, Config
+from sim.studies import STUDIES
 from sim.sweep import plan, sweep
 from sim.sweep_progress import sweep_progress
 from sim.sweep_table import print_table
@@ -18,7 +20,7 @@ usage: poisonloop sweep [PRESET] [flags of `poisonloop run`, each with one value
 
   poisonloop sweep --rho 0 .05 .1 .2 --learner grpo dpo --seeds 4
   poisonloop sweep demo --rho .4 --defence none refusal_loss freeze small_lr+refusal_loss
-  poisonloop sweep --arms demo --seeds 2 --out runs/demo
+  poisonloop sweep --study demo --out runs/demo
 
 Every combination is a run; runs of one seed share prompts and honest votes across arms. Type the
 command again to continue a stopped sweep, or with more values to widen it.
@@ -28,7 +30,7 @@ command again to continue a stopped sweep, or with more values to widen it.
   --out DIR        folder of the run directories (default runs/sweep)
   --config FILE    YAML or JSON, read before the flags
   --defence a+b    a stack within one arm; `none` is no defence
-  --arms NAME      a named set of arms instead of combinations: {arms}
+  --study NAME     a named set of arms instead of combinations: {studies}
 
 presets: {presets}
 """
@@ -38,34 +40,23 @@ def command(words: list[str]) -> int:
     """Run the sweep that ``words`` describe; 1 when a run failed."""
     preset, options = flags.read(words)
     if "--help" in options:
-        lists = {"arms": ", ".join(ARM_SETS), "presets": ", ".join(PRESETS)}
+        lists = {"studies": ", ".join(STUDIES), "presets": ", ".join(PRESETS)}
         print(USAGE.format(cores=os.cpu_count(), **lists), end="")
         return 0
     out = Path(flags.take(options, "--out") or "runs/sweep")
     jobs = flags.whole(options, "--jobs") or os.cpu_count() or 1
-    file, arms = flags.take(options, "--config"), flags.take(options, "--arms")
-    seeds = chosen_seeds(options)
-    configs: list[Config] | dict[str, list[Config]]
-    if arms is None:
-        configs = [flags.with_seed(c, s) for c in grid(preset, options, file) for s in seeds]
-    else:
-        configs = {
-            name: [flags.with_seed(config, seed) for seed in seeds]
-            for name, config in named_arms(arms, preset, options, file).items()
-        }
+    configs = study(preset, options) if "--study" in options else grid(preset, options)
     cells = plan(configs, out)
-    rounds = sorted({cell.config.rounds for cell in cells})
-    print(
-        f"{len(cells)} runs: {len({cell.arm for cell in cells})} arms x {len(seeds)} seeds, "
-        f"{' or '.join(map(str, rounds))} rounds each, {jobs} at a time; in {out}/"
-    )
+    arms, rounds = {cell.arm for cell in cells}, {cell.config.rounds for cell in cells}
+    lengths = " or ".join(map(str, sorted(rounds)))
+    print(f"{len(cells)} runs in {len(arms)} arms, {lengths} rounds each, {jobs} at a time: {out}/")
     with sweep_progress() as listener:
         table = sweep(configs, out, jobs, listener)
     print_table(table)
     return _finish(table, out)
 
 
-def _finish(table: dict, out: Path) -> int:
+def _finish(table: dict[str, Any], out: Path) -> int:
     from sim.analysis.report import write_report
 
     done = [Path(run["path"]) for run in table["runs"] if run["failure"] is None]
@@ -93,33 +84,36 @@ def chosen_seeds(options: flags.Options) -> list[int]:
     return list(range(listed[0], listed[0] + count))
 
 
-def grid(preset: str | None, options: flags.Options, file: str | None) -> list[Config]:
-    """Every combination of the flags that have several values."""
+def grid(preset: str | None, options: flags.Options) -> list[Config]:
+    """Every combination of the flags that have several values, under every seed."""
+    options = dict(options)
+    file, seeds = flags.take(options, "--config"), chosen_seeds(options)
     known = flags.paths(flags.build(preset, {}, file))
     axes = {
         flag: values
         for flag, values in options.items()
         if len(values) > 1 and not isinstance(known.get(flags.SHORT.get(flag, flag)), tuple | dict)
     }
-    fixed = {flag: values for flag, values in options.items() if flag not in axes}
-    return [
-        flags.build(preset, {**fixed, **dict(zip(axes, ([v] for v in chosen), strict=True))}, file)
+    arms = [
+        flags.build(
+            preset, {**options, **dict(zip(axes, ([v] for v in chosen), strict=True))}, file
+        )
         for chosen in itertools.product(*axes.values())
     ]
+    return [replace(config, seed=seed) for config in arms for seed in seeds]
 
 
-def named_arms(
-    name: str, preset: str | None, options: flags.Options, file: str | None
-) -> dict[str, Config]:
-    """The arms of a named set, each with the flags that were typed besides.
+def study(preset: str | None, options: flags.Options) -> dict[str, list[Config]]:
+    """The arms of a named study, which sets everything itself.
 
     Raises:
-        ValueError: unknown set.
+        ValueError: unknown study, or further flags.
     """
-    if name not in ARM_SETS:
-        raise ValueError(f"arms={name!r}; allowed: {', '.join(ARM_SETS)}")
-    chosen: ArmSet = ARM_SETS[name]
-    return {
-        arm: flags.build(preset or chosen.preset, {**options, **flags.read(words.split())[1]}, file)
-        for arm, words in chosen.arms.items()
-    }
+    options = dict(options)
+    name = flags.take(options, "--study")
+    if name not in STUDIES:
+        raise ValueError(f"study={name!r}; allowed: {', '.join(STUDIES)}")
+    further = [*options, *([preset] if preset else [])]
+    if further:
+        raise ValueError(f"{further[0]} with --study; allowed: --out and --jobs")
+    return STUDIES[name]()

@@ -20,6 +20,7 @@ from typing import Any
 from sim.config import AttackConfig, Config
 
 OUTCOMES = ("safe", "exited", "collapsed", "diverged")
+CLOCKS = ("exit_round", "exit_label", "exit_optimizer_step")
 RETAINED = 0.5
 """Share of the clean run's learning that a defence must keep to hold."""
 
@@ -59,7 +60,8 @@ def _run_row(cell: Any, failure: str | None) -> dict[str, Any]:
         "harm_end": summary.get("harm_end"),
         "help_gain": summary.get("help_gain"),
         "exit_round": exit_confirmed.get("rounds"),
-        "exit_labels": exit_confirmed.get("labels"),
+        "exit_label": exit_confirmed.get("labels"),
+        "exit_optimizer_step": exit_confirmed.get("optimizer_steps"),
         "exit_true_round": exit_true.get("rounds", exit_true.get("round")),
         "occupancy": summary.get("occupancy"),
         "failure": failure,
@@ -90,8 +92,7 @@ def _arm_row(arm: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "help_gain": _mean(r["help_gain"] for r in runs),
         "learning_retained": retained,
         "holds": inside and retained >= RETAINED if retained is not None else None,
-        "exit_rounds": [r["exit_round"] for r in runs if r["exit_round"] is not None],
-        "exit_labels": [r["exit_labels"] for r in runs if r["exit_labels"] is not None],
+        **{f"{k}s": [r[k] for r in runs if r[k] is not None] for k in CLOCKS},
     }
 
 
