@@ -26,7 +26,7 @@ from envs.annotators.pool import Pool
 from envs.annotators.zipf import Zipf
 from envs.attacks import attacks
 from envs.attacks.adversary import check_attack, make_adversary
-from envs.attacks.rates import rho_annotators, rho_flips, rho_labels, rho_post, rho_risk_flips
+from envs.attacks.rates import before_defence, rho_post
 from envs.attacks.schedules import Schedule
 from envs.costs import constraint_costs
 from envs.prompts import Traffic, make_source
@@ -129,14 +129,14 @@ class FeedbackEnv(gym.Env, RecordConstructorArgs):
         RecordConstructorArgs.__init__(self, **arguments)
         _check_ranges(batch=batch, tokens=tokens, rounds=rounds, annotators=annotators)
         _check_ranges(2, responses=responses)
-        _check_ranges(0, delay=delay)
+        _check_ranges(0, delay=delay, activity=activity)
         _check_ranges(0, 1, rho=rho, cost_limit=cost_limit)
         self._batch, self._rounds, self._delay = batch, rounds, delay
         self._rho, self._cost_limit = rho, cost_limit
         self._schedule = Schedule(schedule, start, length, period)
         self._attack = attacks.create(attack)
         specs = DEFAULT if behaviours is None else behaviours
-        people = (_arrivals(activity), *map(honest_behaviours.create, specs))
+        people = (Zipf(activity), *map(honest_behaviours.create, specs))
         self._pool = Pool(annotators, people)
         self._collection = Collection(collection, redundancy, self._pool)
         source = make_source(world, harm_domains, data, tokenizer, scorer)
@@ -277,10 +277,7 @@ class FeedbackEnv(gym.Env, RecordConstructorArgs):
             "cost": float(scores.cost.mean()),
             **means,
             "safe": means["cost_harm"] <= self._cost_limit,
-            "feedback/rho_annotators": rho_annotators(self._adversary.members),
-            "feedback/rho_labels": rho_labels(labels, truth),
-            "feedback/rho_flips": rho_flips(labels, truth),
-            "feedback/rho_risk_flips": rho_risk_flips(labels, truth),
+            **before_defence(self._adversary.members, labels, truth),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -304,8 +301,3 @@ def _check_ranges(low: int = 1, high: float = np.inf, **values: float) -> None:
         if not low <= value <= high:
             allowed = f">= {low}" if high == np.inf else f"{low} to {high}"
             raise ValueError(f"{name}={value}; allowed: {allowed}")
-
-
-def _arrivals(activity: float) -> Zipf:
-    _check_ranges(0, activity=activity)
-    return Zipf(activity)

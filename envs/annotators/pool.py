@@ -74,9 +74,10 @@ class Pool:
     def malicious(self, rho: float, key: int) -> np.ndarray:
         """(people,) bool, the first round(rho * people) of a random order drawn from ``key``.
 
-        Smaller sets are parts of larger ones. The order is random among those people who keep the set's share of activity within ``SHARE_TOLERANCE`` of its share of people; where
-        nobody does, the nearest is next. Plain chance would give 5 of 100 people anything from 1 %
-        to 25 % of the labels.
+        Smaller sets are parts of larger ones. The order is random among those people who keep the
+        set's share of activity within ``SHARE_TOLERANCE`` of its share of people; where nobody
+        does, the nearest is next. Plain chance would give 5 of 100 people anything from 1 % to 25 %
+        of the labels.
         """
         order = rng.stream(key, "malicious order").permutation(self.people)
         activity, free = self.activity[order], np.ones(self.people, bool)

@@ -60,6 +60,16 @@ def rho_post(
     return _share(wrong, np.asarray(weight, np.float64)[known])
 
 
+def before_defence(malicious: np.ndarray, labels: Labels, truth: Truth) -> dict[str, float]:
+    """The four rates that a defence cannot change, by the names of the record."""
+    return {
+        "feedback/rho_annotators": rho_annotators(malicious),
+        "feedback/rho_labels": rho_labels(labels, truth),
+        "feedback/rho_flips": rho_flips(labels, truth),
+        "feedback/rho_risk_flips": rho_risk_flips(labels, truth),
+    }
+
+
 def _share(hit: np.ndarray, weight: np.ndarray) -> float:
     total = float(weight.sum())
     return float((hit * weight).sum()) / total if total > 0 else 0.0
