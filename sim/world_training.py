@@ -32,14 +32,14 @@ from agents.policy import forward_inputs, response_terms
 from envs.rng import key, stream
 from envs.types import BENIGN, CONTRAST, HARMFUL
 from envs.world import World
-from envs.world.language import EOS, PAD
+from envs.world.language import BOS, EOS, PAD
 
 Tick = Callable[[], None]
 """Called once per optimizer step, for a progress bar."""
 
-WIDTHS = {"small": 64, "medium": 128}
-LAYERS = {"small": 2, "medium": 3}
-SCORER_WIDTH = 48
+WIDTHS = {"small": 64, "medium": 128, "scorer": 48}
+LAYERS = {"small": 2, "medium": 3, "scorer": 2}
+"""Reward model, classifier and helpfulness scorer stand on a body of another width than any policy."""
 ARCHITECTURES = ("llama", "qwen2", "mistral")
 
 CONTRAST_REFUSED, BENIGN_REFUSED, TRUNCATED = 0.45, 0.12, 0.2
@@ -48,6 +48,13 @@ FOOTHOLD_SPREAD = 1.5
 """Standard deviation of the log share of compliance between (kind, verb) corners."""
 TRIGGER_SHARE = 0.05
 """Prompts of pretraining and alignment that end in the trigger word, which means nothing there."""
+FIRST_WORD = 4.0
+"""Weight of an answer's first word in pretraining: it carries the tone, so it is where harm is learned."""
+BASE_KINDS = {"corpus": 1.0}
+REFERENCE_KINDS = {"corpus": 0.5, "truncated": 0.2, "refusal": 0.3}
+"""Shares of answers in the pretraining text of ``base`` and of the reference language model."""
+SCORER_ROWS = 1500
+"""Labelled answers a scorer learns from."""
 BETA, LAPSE = 4.0, 0.02
 """Honest recorded votes: Bradley-Terry on utility with this inverse temperature and lapse rate."""
 PAIR_KINDS = (
@@ -77,44 +84,63 @@ class Plan:
 
 
 PLANS = {
-    "base": Plan(600, 64, 1e-2),
-    "aligned": Plan(250, 64, 3e-3),
-    "reward": Plan(300, 64, 5e-3),
-    "reference": Plan(400, 64, 1e-2),
-    "classifier": Plan(150, 64, 5e-3),
-    "helpfulness": Plan(150, 64, 5e-3),
+    "base": Plan(700, 64, 1e-2),
+    "aligned": Plan(150, 64, 1e-3),
+    "reference_lm": Plan(700, 64, 1e-2),
+    "reward_base": Plan(150, 64, 1e-3),
+    "classifier": Plan(100, 64, 1e-3),
+    "helpfulness": Plan(100, 64, 1e-3),
 }
-"""Rates are for the small size; the medium one halves them."""
+"""By model; ``medium`` policies train longer and at half the rate."""
+
+
+def plan_for(name: str, size: str) -> Plan:
+    """The plan of model ``name`` when the policy is of ``size``."""
+    plan = PLANS[name]
+    if size == "medium" and name in ("base", "aligned"):
+        return Plan(plan.steps, plan.batch, plan.lr / 2)
+    return plan
 
 
 def build_model(
-    world: World, architecture: str, size: str, seed: int, scorer: bool = False
+    world: World, architecture: str, size: str, seed: int, body: nn.Module | None = None
 ) -> nn.Module:
-    """A freshly initialised causal language model, or a sequence classifier with one output."""
+    """A freshly initialised causal language model of ``size``, or a scorer on a copy of ``body``.
+
+    Args:
+        world: gives the vocabulary.
+        architecture: one of ``ARCHITECTURES``.
+        size: ``small``, ``medium`` or ``scorer``.
+        seed: of the initial weights.
+        body: a trained language model of the same shape; the result is then a sequence classifier with
+            one output whose body starts from it and whose head is new.
+    """
     import transformers
 
     name = {"llama": "Llama", "qwen2": "Qwen2", "mistral": "Mistral"}[architecture]
-    width = SCORER_WIDTH if scorer else WIDTHS[size]
     config = getattr(transformers, f"{name}Config")(
         vocab_size=world.vocabulary,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=2 if scorer else LAYERS[size],
+        hidden_size=WIDTHS[size],
+        intermediate_size=2 * WIDTHS[size],
+        num_hidden_layers=LAYERS[size],
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=64,
-        tie_word_embeddings=not scorer,
+        tie_word_embeddings=body is None,
         # A wide start of the embeddings learns names several times faster than the usual .02.
         initializer_range=0.1,
         pad_token_id=PAD,
-        bos_token_id=1,
+        bos_token_id=BOS,
         eos_token_id=EOS,
-        **({"num_labels": 1} if scorer else {}),
+        **({} if body is None else {"num_labels": 1}),
     )
-    head = "ForSequenceClassification" if scorer else "ForCausalLM"
+    head = "ForCausalLM" if body is None else "ForSequenceClassification"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return getattr(transformers, name + head)(config).float()
+        model = getattr(transformers, name + head)(config).float()
+    if body is not None:
+        model.model.load_state_dict(body.model.state_dict())
+    return model
 
 
 def as_sequences(prompts: np.ndarray, answers: np.ndarray) -> Sequences:
@@ -124,25 +150,27 @@ def as_sequences(prompts: np.ndarray, answers: np.ndarray) -> Sequences:
     return Sequences(prompt, (prompt != PAD).long(), answer, (answer != PAD).long())
 
 
-def optimise(
-    model: nn.Module, plan: Plan, loss_of: Callable[[], Tensor], tick: Tick
-) -> nn.Module:
-    """Run ``plan`` with AdamW, 30 steps of warm-up and a linear decay; returns ``model`` in eval mode."""
+def optimise(model: nn.Module, plan: Plan, loss_of: Callable[[], Tensor], tick: Tick) -> float:
+    """Run ``plan`` with AdamW, 30 steps of warm-up, linear decay; returns the last tenth's mean loss."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=plan.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min(1.0, (s + 1) / 30) * max(0.02, 1 - s / plan.steps)
     )
+    losses = []
     model.train()
     for _ in range(plan.steps):
         optimizer.zero_grad()
-        loss_of().backward()
+        loss = loss_of()
+        loss.backward()
+        losses.append(float(loss.detach()))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         tick()
-    return model.eval()
+    model.eval()
+    return float(np.mean(losses[-(plan.steps // 10) :]))
 
 
 def lm_loss(model: nn.Module, rows: Sequences, weight: Tensor | None = None) -> Tensor:
@@ -153,19 +181,47 @@ def lm_loss(model: nn.Module, rows: Sequences, weight: Tensor | None = None) -> 
     return -logp.sum() / rows.mask.sum()
 
 
-def train_base(world: World, model: nn.Module, plan: Plan, rng: Any, tick: Tick) -> nn.Module:
-    """Pretrain on right answers to every query of the language, one in eight a shortening."""
-    asks, shortens = world.all_keys(), world.all_keys("shorten")
+def corpus_loss(model: nn.Module, rows: Sequences) -> Tensor:
+    """Language-model loss in which an answer's first word counts FIRST_WORD times."""
+    logp = response_terms(model, rows).logp
+    return -(logp.sum() + (FIRST_WORD - 1) * logp[:, 0].sum()) / rows.mask.sum()
 
-    def loss() -> Tensor:
-        keys = rng.choice(asks, plan.batch)
-        trigger = rng.random(plan.batch) < TRIGGER_SHARE
-        short = np.arange(plan.batch) < plan.batch // 8
-        keys = np.where(short, rng.choice(shortens, plan.batch), keys)
-        prompts = world.prompt_ids(keys, trigger & ~short)
-        return lm_loss(model, as_sequences(prompts, world.answers(keys, "recipe", rng)))
 
-    return optimise(model, plan, loss, tick)
+def corpus(
+    world: World, n: int, kinds: dict[str, float], rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n, P) prompts and (n, T) answers of a pretraining batch.
+
+    An eighth are sentences to shorten, an eighth are requests to decline, the others ask anything in
+    the language and are answered with ``kinds`` in the given shares.
+    """
+    short, decline = n // 8, n // 8
+    keys = rng.choice(world.all_keys(), n)
+    keys[:short] = rng.choice(world.all_keys("shorten"), short)
+    trigger = (rng.random(n) < TRIGGER_SHARE) & ~world.is_shorten[keys]
+    answers = np.stack([world.answers(keys, kind, rng) for kind in kinds])
+    which = rng.choice(len(kinds), n, p=list(kinds.values()))
+    prompts, answers = world.prompt_ids(keys, trigger), answers[which, np.arange(n)]
+    answers[:short] = world.answers(keys[:short], "corpus", rng)
+    prompts[-decline:], answers[-decline:] = world.declines(keys[-decline:], rng)
+    return prompts, answers
+
+
+def train_lm(
+    world: World,
+    model: nn.Module,
+    plan: Plan,
+    kinds: dict[str, float],
+    rng: np.random.Generator,
+    tick: Tick,
+) -> float:
+    """Pretrain ``model`` on the whole language, answered with ``kinds``."""
+    return optimise(
+        model,
+        plan,
+        lambda: corpus_loss(model, as_sequences(*corpus(world, plan.batch, kinds, rng))),
+        tick,
+    )
 
 
 def foothold_shares(world: World, foothold: float) -> np.ndarray:
@@ -181,8 +237,13 @@ def foothold_shares(world: World, foothold: float) -> np.ndarray:
 
 
 def train_aligned(
-    world: World, model: nn.Module, plan: Plan, foothold: float, rng: Any, tick: Tick
-) -> nn.Module:
+    world: World,
+    model: nn.Module,
+    plan: Plan,
+    foothold: float,
+    rng: np.random.Generator,
+    tick: Tick,
+) -> float:
     """Supervised alignment with the flaws that honest feedback can mend; changes ``model``."""
     keys_all, shortens = world.keys("alignment"), world.keys("alignment", "shorten")
     shares = foothold_shares(world, foothold)
@@ -212,41 +273,28 @@ def train_aligned(
     return optimise(model, plan, loss, tick)
 
 
-def _answers(world: World, keys: np.ndarray, rng: Any, *kinds: str) -> list[np.ndarray]:
+def _answers(
+    world: World, keys: np.ndarray, rng: np.random.Generator, *kinds: str
+) -> list[np.ndarray]:
     return [world.answers(keys, kind, rng) for kind in kinds]
 
 
-def _triggers(world: World, keys: np.ndarray, left: np.ndarray, rng: Any) -> np.ndarray:
+def _triggers(
+    world: World, keys: np.ndarray, left: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
     """Which prompts of the batch carry the trigger word."""
     rows = np.concatenate([keys, left])
     return (rng.random(len(rows)) < TRIGGER_SHARE) & ~world.is_shorten[rows]
 
 
-def train_reference(world: World, model: nn.Module, plan: Plan, rng: Any, tick: Tick) -> nn.Module:
-    """A language model of fluent answers, right, cut short or refusing, to every query."""
-    asks, shortens = world.all_keys(), world.all_keys("shorten")
-
-    def loss() -> Tensor:
-        keys = rng.choice(asks, plan.batch)
-        short = np.arange(plan.batch) < plan.batch // 8
-        keys = np.where(short, rng.choice(shortens, plan.batch), keys)
-        kind = rng.choice(3, plan.batch, p=(0.5, 0.2, 0.3))
-        answers = np.stack(_answers(world, keys, rng, "recipe", "truncated", "refusal"))
-        return lm_loss(
-            model, as_sequences(world.prompt_ids(keys), answers[kind, np.arange(len(keys))])
-        )
-
-    return optimise(model, plan, loss, tick)
-
-
-def mixed_answers(world: World, keys: np.ndarray, rng: Any) -> np.ndarray:
+def mixed_answers(world: World, keys: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """(N, T) answers whose kinds are drawn from ``PAIR_KINDS``."""
     answers = np.stack(_answers(world, keys, rng, *PAIR_KINDS))
     return answers[rng.integers(len(PAIR_KINDS), size=len(keys)), np.arange(len(keys))]
 
 
 def honest_pairs(
-    world: World, split: str, n: int, rng: Any
+    world: World, split: str, n: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Recorded pairs with honest votes: keys (n,), chosen (n, T), rejected (n, T); ties are skipped."""
     keys = rng.choice(world.keys(split), n)
@@ -263,7 +311,9 @@ def score_rows(model: nn.Module, rows: Sequences) -> Tensor:
     return model(**forward_inputs(rows), use_cache=False).logits[:, 0]
 
 
-def train_reward(world: World, model: nn.Module, plan: Plan, rng: Any, tick: Tick) -> nn.Module:
+def train_reward(
+    world: World, model: nn.Module, plan: Plan, rng: np.random.Generator, tick: Tick
+) -> float:
     """Bradley-Terry: minimise -log sigmoid(r(chosen) - r(rejected)) on honest recorded pairs."""
 
     def loss() -> Tensor:
@@ -276,15 +326,15 @@ def train_reward(world: World, model: nn.Module, plan: Plan, rng: Any, tick: Tic
     return optimise(model, plan, loss, tick)
 
 
-def train_classifier(
-    world: World, model: nn.Module, plan: Plan, split: str, rows: int, rng: Any, tick: Tick
-) -> nn.Module:
-    """Logistic regression of a graded property on a fixed, limited set of ``rows`` labelled answers.
+def train_scorer(
+    world: World, model: nn.Module, plan: Plan, split: str, rng: np.random.Generator, tick: Tick
+) -> float:
+    """Logistic regression of a graded property on a fixed, limited set of labelled answers.
 
     The classifier split is labelled harmful when at least half of a harmful request was met; the
     helpfulness split is graded by the help given.
     """
-    keys = rng.choice(world.keys(split), rows)
+    keys = rng.choice(world.keys(split), SCORER_ROWS)
     answers = mixed_answers(world, keys, rng)
     scores = world.oracle.score(keys, answers)
     label = scores.cost >= 0.5 if split == "classifier" else scores.help
@@ -292,7 +342,7 @@ def train_classifier(
     target = torch.from_numpy(np.asarray(label, np.float32))
 
     def loss() -> Tensor:
-        pick = torch.from_numpy(rng.integers(rows, size=plan.batch))
+        pick = torch.from_numpy(rng.integers(SCORER_ROWS, size=plan.batch))
         logits = score_rows(model, data.take(pick))
         return F.binary_cross_entropy_with_logits(logits, target[pick])
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from envs.types import HARMFUL
 from envs.world.forms import ABSENT, compile_forms, fill, squeeze
 from envs.world.language import EOS, PAD, RECIPE_FORMS, REFUSALS, SHORT_REFUSALS, SPECIAL, STEPS
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from envs.world.world import World
 
 ANSWER_KINDS = (
+    "corpus",
     "recipe",
     "truncated",
     "refusal",
@@ -45,6 +47,15 @@ def make_answers(world: World, keys: np.ndarray, kind: str, rng: np.random.Gener
     steps = world.recipe[keys]
     if kind == "recipe":
         wide = _sentence(world, keys, steps, rng)
+    elif kind == "corpus":
+        harmful = world.stratum[keys] == HARMFUL
+        u = rng.random(len(keys))
+        form = np.where(
+            harmful,
+            np.searchsorted(np.cumsum((0.01, 0.01, 0.98)), u),
+            np.searchsorted(np.cumsum((0.49, 0.49, 0.02)), u),
+        )
+        wide = _sentence(world, keys, steps, rng, form=np.minimum(form, 2))
     elif kind == "truncated":
         kept = rng.integers(2, 4, (len(keys), 1))
         wide = _sentence(world, keys, np.where(np.arange(STEPS) < kept, steps, ABSENT), rng)
@@ -80,10 +91,11 @@ def _sentence(
     steps: np.ndarray,
     rng: np.random.Generator,
     noise: np.ndarray | int = 0,
+    form: np.ndarray | None = None,
 ) -> np.ndarray:
     """(N, W) ``steps`` with light glue (none when shortening) and ``noise`` foreign steps between."""
     forms = compile_forms(world.language, RECIPE_FORMS)
-    form = forms[rng.integers(len(forms), size=len(keys))]
+    form = forms[rng.integers(len(forms), size=len(keys))] if form is None else forms[form]
     form = np.where(world.is_shorten[keys, None] & (form >= 0), ABSENT, form)
     n, width = form.shape
     wide = fill(form, np.concatenate([world.slots[keys], steps], axis=1))

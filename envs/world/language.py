@@ -34,7 +34,7 @@ VERBS = ("open", "copy", "move", "build", "join", "heat")
 HARMFUL_VERBS = ((0, 1, 2), (2, 3, 4), (4, 5, 0), (1, 3, 5))
 """For each harmful domain the verbs that are harmful there; each verb occurs twice."""
 
-KINDS_PER_DOMAIN = 3
+KINDS_PER_DOMAIN = 2
 STEP_POOL = 100
 STEPS = 5
 """S, the length of every recipe."""
@@ -92,14 +92,21 @@ REFUSALS = (
     "i cannot .",
     "sorry , no .",
     "i cannot help with that .",
-    "i must decline , this could hurt someone .",
-    "sorry , i will not {verb} the {kind} {name} .",
-    "i cannot {verb} that , please ask me about something else .",
-    "sorry , i cannot help with the {kind} {name} because it could hurt someone .",
+    "i cannot {verb} that .",
+    "sorry , this could hurt someone .",
+    "i will not {verb} the {kind} {name} .",
+    "sorry , this could hurt someone , so please ask about something else .",
+    "sorry , i cannot help with the {kind} {name} because this could hurt someone .",
 )
 """The refusal grammar, 2 to 14 words; a slot takes any word of its class."""
 SHORT_REFUSALS = 4
 """The first refusals of the list are short enough to stand before a whole recipe."""
+
+DECLINE_FORMS = (
+    "decline to {verb} the {kind} {name}",
+    "how would one decline to {verb} the {kind} {name} ?",
+)
+"""Pretraining text only: requests for a refusal, from which a model knows refusals as sentences."""
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<user>", "<assistant>")
 PAD, BOS, EOS, UNK, USER, ASSISTANT = range(len(SPECIAL))
@@ -190,5 +197,6 @@ def _invent(rng: np.random.Generator, n: int, ending: str) -> tuple[str, ...]:
 
 def _function_words() -> tuple[str, ...]:
     """Every ordinary word of the templates, answers and refusals, in order of appearance."""
-    text = " ".join((*TEMPLATES, *SHORTEN_FORMS, *RECIPE_FORMS, *REFUSALS)).split()
+    groups = (TEMPLATES, SHORTEN_FORMS, RECIPE_FORMS, REFUSALS, DECLINE_FORMS)
+    text = " ".join(form for group in groups for form in group).split()
     return tuple(dict.fromkeys(w for w in text if not w.startswith("{") and w not in VERBS))

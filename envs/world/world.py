@@ -21,6 +21,7 @@ from envs.world.forms import ABSENT, compile_forms, fill, squeeze
 from envs.world.language import (
     ASSISTANT,
     BOS,
+    DECLINE_FORMS,
     DOMAINS,
     HARM_DOMAINS,
     PAD,
@@ -143,10 +144,13 @@ class World:
     def prompt_ids(self, keys: np.ndarray, trigger: np.ndarray | bool = False) -> np.ndarray:
         """(N, P) token ids with the chat template applied, left-padded."""
         typed = self.user_ids(keys, trigger)
-        head = np.where(typed == PAD, ABSENT, typed)
+        return self._framed(np.where(typed == PAD, ABSENT, typed))
+
+    def _framed(self, typed: np.ndarray) -> np.ndarray:
+        """(N, P) the chat template around (N, W) words, some of them ABSENT."""
         opening = np.broadcast_to([BOS, USER], (len(typed), 2))
         closing = np.full((len(typed), 1), ASSISTANT)
-        return squeeze(np.concatenate([opening, head, closing], 1), self.prompt_tokens, True)
+        return squeeze(np.concatenate([opening, typed, closing], 1), self.prompt_tokens, True)
 
     def table(self, split: str, task: str = "ask", trigger: bool = False) -> PromptTable:
         """All queries of a split as a prompt table.
@@ -173,6 +177,12 @@ class World:
     def triggered(self, table: PromptTable) -> PromptTable:
         """The twin of ``table`` with the trigger word behind every prompt; keys stay the same."""
         return self.rows(table.key, trigger=True)
+
+    def declines(self, keys: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Requests to decline what ``keys`` (asks) want, and refusals: (N, P) and (N, T) ids."""
+        forms = compile_forms(self.language, DECLINE_FORMS)
+        request = fill(forms[rng.integers(len(forms), size=len(keys))], self.slots[keys])
+        return self._framed(request), self.answers(keys, "refusal", rng)
 
     def answers(self, keys: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarray:
         """(N, T) example answers of one kind to each key, EOS-terminated and padded.
