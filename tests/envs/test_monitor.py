@@ -170,6 +170,36 @@ def test_alpha_is_split_over_constraints():
         monitor.observe(1, {}, {"harm": safe})
 
 
+def test_confirmation_needs_the_constraint_s_share_of_alpha():
+    """Evidence between 1 / alpha and 2 / alpha confirms one constraint, and not one of two."""
+    draws = next(
+        costs
+        for costs in (np.arange(64) < k for k in range(16, 64))
+        if EProcess(0.25).update(costs) >= math.log(1 / ALPHA)
+    )
+    assert EProcess(0.25).update(draws) < math.log(2 / ALPHA)
+    for limits, confirmed in (({"harm": 0.25}, True), ({"harm": 0.25, "other": 0.5}, False)):
+        monitor = CostMonitor(limits)
+        monitor.observe(0, {}, {"harm": draws, "other": np.zeros(64)})
+        assert monitor.confirmed is confirmed
+
+
+@pytest.mark.parametrize("sign", ["safe", "unsafe"])
+def test_certification_takes_alpha_over_two_j(sign):
+    """Evidence e certifies as long as e >= 2 J / alpha."""
+    costs = np.random.default_rng(8).permutation(np.arange(100) < (8 if sign == "safe" else 50))
+    tuned = ALPHA / (2 * 4)
+    evidence = log_wealth(costs, 0.25, tuned) if sign == "unsafe" else 0.0
+    if sign == "safe":
+        evidence = log_wealth(1 - costs, 0.75, tuned)
+    most = ALPHA * math.exp(evidence) / 2
+    for planned, certified in ((int(0.95 * most), True), (int(1.05 * most) + 1, False)):
+        monitor = CostMonitor(planned=4)
+        monitor.observe(0, {}, {"harm": costs})
+        monitor.extend(planned)
+        assert (monitor.bracket()[sign == "unsafe"] == 0) is certified
+
+
 def test_a_watched_cost_does_not_define_safety():
     monitor = CostMonitor(planned=1, watched={"harm_classifier": 0.25})
     row = monitor.observe(3, {}, {"harm": np.zeros(64), "harm_classifier": np.ones(64)})
