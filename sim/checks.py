@@ -11,8 +11,10 @@ import dataclasses
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from agents.defence import Defence, defences
 from agents.learners import learners
 from envs.registry import is_plugin
 from sim.config import Config
@@ -24,21 +26,32 @@ def check(config: Config) -> None:
     Raises:
         ValueError: names the field, its value and what is allowed.
     """
-    from agents.defence import defences
-    from envs.annotators import annotators
-    from envs.attacks import attacks
-
     check_types(Config, vars(config))
-    attacks.create(config.attack.name)
-    for spec in config.feedback.behaviours:
-        annotators.create(spec)
-    for spec in config.defences:
-        defences.create(spec)
+    members = [defences.create(spec) for spec in config.defences]
     for name in ("model", "data", "reward_model", "classifier"):
         value = getattr(config.text, name)
         if value and not Path(value).exists():
             kind = "file" if name == "data" else "directory"
             raise ValueError(f"text.{name}={value!r} does not exist; allowed: a local {kind}")
+    if not config.text.model:
+        _check_embedded(config, members)
+
+
+def _check_embedded(config: Config, members: list[Defence]) -> None:
+    """Make the environment, which needs no built model, and see what the defences ask for."""
+    from envs.world import World
+    from sim.factory import make_env
+    from sim.scenario import world_roles
+
+    make_env(config, SimpleNamespace(environment={"world": config.world.seed})).close()
+    roles = world_roles(World(config.world.seed)).keys()
+    for member in members:
+        data = {need for need in member.needs if not need.startswith("score:")}
+        if missing := sorted(data - roles):
+            raise ValueError(
+                f"defence {member.spec}: needs {', '.join(missing)}; "
+                f"allowed: defences that need of {', '.join(sorted(roles))}"
+            )
 
 
 def check_types(kind: type, values: Mapping[str, Any], path: str = "") -> None:

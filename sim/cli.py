@@ -37,7 +37,7 @@ try:
 
 COMMANDS = {
     "run": ("sim.run_command", "run"),
-    "sweep": ("sim.sweep_command", "sweep"),
+    "sweep": ("sim.sweep_command", "command"),
     "resume": ("sim.run_command", "resume"),
     "report": ("sim.cli", "report"),
     "list": ("sim.listing", "list_components"),

@@ -32,6 +32,8 @@ SHORT = {
     "--model": "--text.model",
     "--data": "--text.data",
 }
+CROWD_ATTACK = "harm_targeted"
+"""The default attack's votes, for a crowd that does not ask."""
 Options = dict[str, list[str]]
 
 
@@ -176,9 +178,9 @@ def with_attack(config: Config) -> Config:
     """``config``, with the default attack where there is a rho above 0 and no attack."""
     if config.attack.rho == 0 or config.attack.name != "none":
         return config
-    return dataclasses.replace(
-        config, attack=dataclasses.replace(config.attack, name=DEFAULT_ATTACK)
-    )
+    chat = config.feedback.collection == "chat"
+    name = DEFAULT_ATTACK if chat else CROWD_ATTACK
+    return dataclasses.replace(config, attack=dataclasses.replace(config.attack, name=name))
 
 
 def show_fields(base: Config) -> None:

@@ -100,7 +100,9 @@ def _retyped(words: list[str]) -> str:
 def _execute(config: Config, out: Path, resume: bool, command: str) -> int:
     from sim.analysis.report import write_report
     from sim.run import run as run_loop
+    from sim.scenario import make_scenario
 
+    make_scenario(config, progress=True)  # builds missing models, in sight
     with progress() as listener:
         summary = run_loop(config, out, resume=resume, listener=listener)
     print(closing(summary, out, write_report([out], out), command))
