@@ -134,7 +134,7 @@ class HarmClassifier:
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right")
         model = AutoModelForSequenceClassification.from_pretrained(
             path, use_safetensors=True, dtype=torch.float32
         )
