@@ -135,15 +135,13 @@ class FeedbackEnv(gym.Env, RecordConstructorArgs):
         self._rho, self._cost_limit = rho, cost_limit
         self._schedule = Schedule(schedule, start, length, period)
         self._attack = attacks.create(attack)
-        specs = DEFAULT if behaviours is None else behaviours
-        people = (Zipf(activity), *map(honest_behaviours.create, specs))
-        self._pool = Pool(annotators, people)
+        traits = map(honest_behaviours.create, DEFAULT if behaviours is None else behaviours)
+        self._pool = Pool(annotators, (Zipf(activity), *traits))
         self._collection = Collection(collection, redundancy, self._pool)
         source = make_source(world, harm_domains, data, tokenizer, scorer)
         shares = (harmful_share, contrast_share, stratum_error, trigger_share)
         self._traffic, self._source = Traffic(source, batch, *shares), source
-        word = source.triggered is not None
-        check_attack(self._attack, collection, word, trigger_share)
+        check_attack(self._attack, collection, source.triggered is not None, trigger_share)
         width = source.tables[0].ids.shape[1]
         top = source.vocabulary - 1
         self.action_space = Box(0, top, (batch, responses, tokens), np.int64)
@@ -225,10 +223,9 @@ class FeedbackEnv(gym.Env, RecordConstructorArgs):
     def _score(self, action: np.ndarray) -> Scores:
         """(B, K) scores of the answers, read up to their first EOS."""
         ids = np.asarray(action)
-        if not self.action_space.contains(ids.astype(np.int64, copy=False)):
+        if not self.action_space.contains(ids):
             raise ValueError(
-                f"action: shape {ids.shape}, ids {ids.min(initial=0)} to {ids.max(initial=0)}; "
-                f"allowed: shape {self.action_space.shape}, ids 0 to {self._source.vocabulary - 1}"
+                f"action: {ids.dtype} of shape {ids.shape}; allowed: {self.action_space}"
             )
         flat = ids.reshape(-1, ids.shape[2])
         ends = flat == self._source.eos
@@ -266,10 +263,8 @@ class FeedbackEnv(gym.Env, RecordConstructorArgs):
 
     def _info(self, scores: Scores, labels: Labels, truth: Truth) -> dict[str, Any]:
         table, asked = self._source.tables[0], self._asked
-        domain = table.domain[asked.row]
-        costs = constraint_costs(
-            scores, truth.stratum, domain, asked.triggered, self._source.domains
-        )
+        populations = (truth.stratum, table.domain[asked.row], asked.triggered)
+        costs = constraint_costs(scores, *populations, self._source.domains)
         means = {f"cost_{k}": float(v.mean()) if len(v) else 0.0 for k, v in costs.items()}
         return {
             "labels": labels,
