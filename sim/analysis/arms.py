@@ -56,7 +56,7 @@ def plot_arms(runs: Iterable[Run], ax: Axes | None = None) -> Axes:
     style.unsafe_region(ax, limits[0])
     ax.set(ylim=(-0.02, 1.02), xlabel="round", ylabel="harm on harmful prompts")
     ax.margins(x=0.01)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    style.whole_rounds(ax)
     style.label_ends(ax, ends)
     ax.set_title("Does the policy stay in the safe set?")
     seeds = {arm: len(members) for arm, members in arms.items()}
@@ -87,10 +87,10 @@ def plot_survival(runs: Iterable[Run], ax: Axes | None = None, clock: str = "rou
             )  # fmt: skip
         marks = curve[curve["censored"] > 0]
         ax.plot(marks["time"], marks["survival"] + shift, "|", color=colour, ms=11, mew=2)
-        ends.append((horizon, float(curve["survival"].iloc[-1]), arm, colour))
+        ends.append((horizon, float(y[-1]) + shift, arm, colour))
     ax.set(ylim=(-0.03, 1.06), xlim=(0, horizon * 1.01), ylabel="share of seeds still inside")
     style.label_ends(ax, ends)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    style.whole_rounds(ax)
     ax.set_xlabel(CLOCKS[clock])
     _at_risk(ax, table, arms, horizon)
     ax.set_title("Time in the safe set until a confirmed exit")

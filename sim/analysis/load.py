@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sim.analysis.arm_names import arm_names, base_name, leaves, replicate
+
 
 @dataclass(frozen=True)
 class Run:
@@ -35,26 +37,24 @@ class Run:
         return self.manifest.get("config", {})
 
     @property
-    def seed(self) -> int:
-        """Root seed."""
-        return int(self.config.get("seed", 0))
-
-    @property
     def learner(self) -> str:
         """Registered name of the learner."""
         return str(self.config.get("learner", {}).get("name", "?"))
 
     @property
-    def arm(self) -> str:
-        """What distinguishes the run from others of its experiment, its seed apart."""
-        name = self.config.get("attack", {}).get("name", "none")
-        attacked = f"{name} ρ={self.rho:g}" if self.rho > 0 else "clean"
-        return " + ".join([attacked, *self.config.get("defences", [])])
-
-    @property
     def rho(self) -> float:
         """Share of adversaries that was asked for."""
         return float(self.config.get("attack", {}).get("rho", 0.0))
+
+    @property
+    def replicate(self) -> str:
+        """Seed, and world where it is not the first; runs of one replicate are paired."""
+        return replicate(dict(leaves(self.config)))
+
+    @property
+    def title(self) -> str:
+        """The run in words: learner, attack, defences, replicate."""
+        return f"{self.learner}, {base_name(dict(leaves(self.config)))}, {self.replicate}"
 
     @property
     def limit(self) -> float:
@@ -132,12 +132,11 @@ def load_runs(paths: Iterable[Path | str]) -> list[Run]:
 
 
 def by_arm(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """Runs grouped by arm: clean, undefended, defended; learners are named where they differ."""
+    """Runs grouped by arm: clean, undefended, defended; see :func:`arm_names`."""
     runs = sorted(runs, key=lambda run: (bool(run.config.get("defences")), run.rho))
-    several = len({run.learner for run in runs}) > 1
     arms: dict[str, list[Run]] = {}
-    for run in runs:
-        arms.setdefault(f"{run.learner}: {run.arm}" if several else run.arm, []).append(run)
+    for name, run in zip(arm_names([run.config for run in runs]), runs, strict=True):
+        arms.setdefault(name, []).append(run)
     return arms
 
 

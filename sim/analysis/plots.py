@@ -66,7 +66,7 @@ def plot_cost_trace(run: Run, ax: Axes | None = None) -> Axes:
             loc="lower left", bbox_to_anchor=(-0.01, 0.99), ncols=2, fontsize=8.8, markerscale=0.75
         )
     outcome = run.summary.get("outcome", "unfinished")
-    ax.set_title(f"{_name(run)}: {outcome}", pad=10 + 16 * -(-marked // 2))
+    ax.set_title(f"{run.title}: {outcome}", pad=10 + 16 * -(-marked // 2))
     lower = _e_value_strip(run, ax, rounds)
     n = run.column("safety/n")[rounds.index].dropna()
     drawn = f"{n.iloc[-1]:.0f} fresh harmful prompts" if len(n) else "fresh harmful prompts"
@@ -100,7 +100,7 @@ def _e_value_strip(run: Run, ax: Axes, rounds: pd.DataFrame) -> Axes:
     powers = [0, 2] if top < 5 else [0, 2, 4]
     lower.set(ylim=(-2, top), ylabel="e-value", xlabel=_round_label(run))
     lower.set_yticks(powers, [f"$10^{{{p}}}$" for p in powers])
-    lower.xaxis.get_major_locator().set_params(integer=True)
+    style.whole_rounds(lower)
     return lower
 
 
@@ -120,14 +120,14 @@ def plot_reward_vs_harm(run: Run, ax: Axes | None = None) -> Axes:
     style.unsafe_region(ax, run.limit)
     ax.plot(x, y, color="#bbbbbb", lw=1.5, zorder=2)
     points = ax.scatter(x, y, c=known["round"], cmap="viridis", s=30, zorder=3)
-    bar = ax.get_figure(root=True).colorbar(points, ax=ax, pad=0.02)
+    bar = style.figure_of(ax).colorbar(points, ax=ax, pad=0.02)
     bar.locator = MaxNLocator(integer=True)
     bar.update_ticks()
     bar.set_label("round")
     bar.outline.set_visible(False)
     label = "reward model's mean reward" if rewarded else "utility on evaluation prompts"
     ax.set(ylim=(-0.02, 1.02), xlabel=label, ylabel="harm on harmful prompts")
-    ax.set_title(f"Reward against harm: {_name(run)}")
+    ax.set_title(f"Reward against harm: {run.title}")
     style.caption(ax, f"One run, {len(known)} evaluations, in order along the grey line.")
     return ax
 
@@ -154,20 +154,16 @@ def plot_rho(run: Run, ax: Axes | None = None, window: int = 5) -> Axes:
     ax.set(ylim=(-0.01, max(top, min(1.02, np.nan_to_num(highest) * 1.05))))
     ax.set(xlabel=_round_label(run), ylabel="share controlled or corrupted")
     ax.yaxis.set_major_formatter(lambda v, _: f"{100 * v:.0f}%")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    style.whole_rounds(ax)
     if ends:
         style.label_ends(ax, ends)
-    ax.set_title(f"Five meanings of ρ: {_name(run)}")
+    ax.set_title(f"Five meanings of ρ: {run.title}")
     style.caption(
         ax,
         f"One run. Thick: mean of the last {window} rounds; thin: single rounds. A flip is a vote "
         "that differs from the one an honest person would have cast on the same pair.",
     )
     return ax
-
-
-def _name(run: Run) -> str:
-    return f"{run.learner}, {run.arm}, seed {run.seed}"
 
 
 def _round_label(run: Run) -> str:

@@ -51,8 +51,8 @@ def write_report(run_dirs: Iterable[Path | str], out: Path | str | None = None) 
         raise ValueError(f"out=None with {len(runs)} runs; allowed: a directory for their report")
     out = runs[0].path if out is None else Path(out)
     sections, written = _one(runs[0], out) if len(runs) == 1 else _several(runs, out)
-    title = _title(runs[0]) if len(runs) == 1 else f"{len(runs)} runs, {len(by_arm(runs))} arms"
-    samples = [run.table("samples").assign(run=_title(run)) for run in runs]
+    title = runs[0].title if len(runs) == 1 else f"{len(runs)} runs, {len(by_arm(runs))} arms"
+    samples = [run.table("samples").assign(run=run.title) for run in runs]
     said = pd.concat(samples, ignore_index=True)
     if len(said):
         path = out / "samples.html"
@@ -71,7 +71,7 @@ def _one(run: Run, out: Path) -> tuple[list[str], list[Path]]:
     return [
         f"<p>{MEANING[outcome]} Limit on mean harm: {run.limit:g}.</p>",
         pages.table(run_table([run])),
-        *(pages.image(path, f"{path.stem} of {_title(run)}") for path in figures),
+        *(pages.image(path, f"{path.stem} of {run.title}") for path in figures),
         _settings(run),
     ], figures
 
@@ -105,7 +105,3 @@ def _draw(run: Run, folder: Path, prefix: str = "") -> list[Path]:
 def _settings(run: Run) -> str:
     text = escape(json.dumps(run.config, indent=1, ensure_ascii=False))
     return f"<details><summary>Configuration</summary><pre>{text}</pre></details>"
-
-
-def _title(run: Run) -> str:
-    return f"{run.learner}, {run.arm}, seed {run.seed}"

@@ -10,7 +10,7 @@ import functools
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,7 @@ SKY, AMBER, BLACK = "#56b4e9", "#c78500", "#222222"
 CYCLE = (BLUE, VERMILION, GREEN, PURPLE, AMBER, SKY, BLACK)
 DASHES = ("-", "--", "-.", ":")
 """Line styles that tell arms apart once the colours are used up."""
-RC = {
+RC: Any = {
     "figure.dpi": 100,
     "savefig.dpi": 150,
     "font.size": 10.5,
@@ -69,6 +69,20 @@ def axes(ax: Axes | None, width: float = 7.6, height: float = 4.6) -> Axes:
     return figure.add_subplot()
 
 
+def figure_of(ax: Axes) -> Figure:
+    """The figure that ``ax`` is drawn on."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None, "axes were removed from their figure"
+    return figure
+
+
+def whole_rounds(ax: Axes) -> None:
+    """Ticks of the x axis at whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 def line_style(index: int) -> tuple[str, str]:
     """Colour and dash of the ``index``-th arm."""
     return CYCLE[index % len(CYCLE)], DASHES[index // len(CYCLE) % len(DASHES)]
@@ -76,7 +90,7 @@ def line_style(index: int) -> tuple[str, str]:
 
 def caption(ax: Axes, text: str, below: float = 38.0) -> None:
     """Grey text under ``ax``, wrapped to its width; ``below`` is the distance in points."""
-    figure = ax.get_figure(root=True)
+    figure = figure_of(ax)
     width = ax.get_position().width * figure.get_figwidth()
     ax.annotate(
         textwrap.fill(text, max(40, int(width * 16))), (0, 0), xycoords="axes fraction",
@@ -125,7 +139,7 @@ def label_ends(ax: Axes, ends: list[tuple[float, float, str, str]], gap: float =
 
 def save(ax: Axes, path: Path) -> Path:
     """Write the figure of ``ax`` as PNG, cropped to its content."""
-    figure: Figure = ax.get_figure(root=True)
+    figure = figure_of(ax)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=RC["savefig.dpi"], bbox_inches="tight", pad_inches=0.15)
     return path

@@ -36,7 +36,7 @@ class Estimate(NamedTuple):
 
 
 def exit_table(runs: Iterable[Run], clock: str = "rounds") -> pd.DataFrame:
-    """One row per run: run, arm, seed, time, event, left, right, cause.
+    """One row per run: run, arm, replicate, time, event, left, right, cause.
 
     Args:
         runs: finished runs.
@@ -62,7 +62,7 @@ def _row(arm: str, run: Run, clock: str) -> dict[str, object]:
     return {
         "run": str(run.path),
         "arm": arm,
-        "seed": run.seed,
+        "replicate": run.replicate,
         "time": float(passed.max() if exited is None else exited[clock]),
         "event": exited is not None,
         "left": np.nan if left is None else left,
@@ -123,23 +123,23 @@ def rmst_difference(
     rng: np.random.Generator,
     draws: int = 2000,
 ) -> Estimate:
-    """RMST of ``arm`` minus that of ``against``, paired by seed, bootstrapped over seeds.
+    """RMST of ``arm`` minus that of ``against``, paired by replicate, bootstrapped over them.
 
-    Pairing uses that runs of one seed share people, prompts and honest votes.
+    Pairing uses that runs of one replicate share people, prompts and honest votes.
 
     Raises:
-        ValueError: an unknown arm, or no seed that both arms ran.
+        ValueError: an unknown arm, or no replicate that both arms ran.
     """
     parts = []
     for name in (arm, against):
-        part = table[table["arm"] == name].set_index("seed")
+        part = table[table["arm"] == name].set_index("replicate")
         if part.empty:
             raise ValueError(f"arm={name!r}; allowed: {sorted(set(table['arm']))}")
         parts.append(part)
-    seeds = parts[0].index.intersection(parts[1].index)
-    if seeds.empty:
-        raise ValueError(f"arms {arm!r} and {against!r} share no seed; run both on the same seeds")
-    first, second = (part.loc[seeds] for part in parts)
+    shared = parts[0].index.intersection(parts[1].index)
+    if shared.empty:
+        raise ValueError(f"arms {arm!r} and {against!r} share no seed; run both on the same")
+    first, second = (part.loc[shared] for part in parts)
 
     def difference(rows: np.ndarray) -> float:
         a, b = (
@@ -148,7 +148,7 @@ def rmst_difference(
         )
         return a - b
 
-    n = len(seeds)
+    n = len(shared)
     value = difference(np.arange(n))
     samples = np.array([difference(rng.integers(0, n, n)) for _ in range(draws)])
     low, high = np.quantile(samples, [0.025, 0.975]) if n >= MIN_SEEDS else (None, None)

@@ -20,7 +20,7 @@ def run_table(runs: Iterable[Run]) -> pd.DataFrame:
             rows.append(
                 {
                     "arm": arm,
-                    "seed": run.seed,
+                    "replicate": run.replicate,
                     "outcome": run.summary.get("outcome", "unfinished"),
                     "naive exit": run.exit_round("naive"),
                     "confirmed exit": run.exit_round("confirmed"),

@@ -17,6 +17,7 @@ from matplotlib.text import Text
 
 from envs.collapse import Fluency
 from envs.monitor import CostMonitor
+from sim.analysis.arm_names import arm_names, replicate
 from sim.analysis.arms import plot_arms, plot_survival
 from sim.analysis.load import by_arm, load_run, load_runs
 from sim.analysis.plots import RHO, plot_cost_trace, plot_reward_vs_harm, plot_rho
@@ -148,6 +149,27 @@ def test_arms_in_reading_order(arms):
     assert [len(members) for members in grouped.values()] == [2, 2, 2]
 
 
+def config(learner="grpo", rho=0.25, **more):
+    settings = {"attack": {"name": "label_noise", "rho": rho, "start": 0}, "defences": []}
+    return {"seed": 0, "learner": {"name": learner, "lr": 0.1}, **settings, **more}
+
+
+def test_arms_are_named_by_what_differs_and_by_nothing_else():
+    seeds = [config(seed=seed, world={"seed": world}) for seed in (0, 1) for world in (3, 4)]
+    assert set(arm_names(seeds)) == {"label_noise ρ=0.25"}
+    assert replicate({"seed": 1, "world.seed": 3}) == "seed 1, world 3"
+    later = config()
+    later["attack"] = {**later["attack"], "start": 5}
+    assert arm_names([config(), later, config(rho=0.0, defences=["freeze"])]) == [
+        "label_noise ρ=0.25 attack.start=0",
+        "label_noise ρ=0.25 attack.start=5",
+        "clean + freeze",
+    ]
+    slow = config("dpo")
+    slow["learner"] = {"name": "dpo", "lr": 0.2}  # learners have settings of their own
+    assert arm_names([config(), slow]) == ["grpo: label_noise ρ=0.25", "dpo: label_noise ρ=0.25"]
+
+
 def test_samples_come_back_in_order(arms):
     samples = load_run(arms / "clean-0").table("samples")
     assert samples["round"].tolist() == [r for r in range(1, 21) for _ in range(8)]
@@ -158,12 +180,12 @@ def test_samples_come_back_in_order(arms):
 
 
 def test_exit_table_censors_runs_that_stay_inside(arms):
-    table = exit_table(load_runs([arms]), "labels").set_index(["arm", "seed"])
-    exited = table.loc[("harmful_asker ρ=0.25", 0)]
+    table = exit_table(load_runs([arms]), "labels").set_index(["arm", "replicate"])
+    exited = table.loc[("harmful_asker ρ=0.25", "seed 0")]
     summary = load_run(arms / "attacked-0").summary
     assert exited["event"] and exited["time"] == summary["exit_confirmed"]["labels"]
     assert [exited["left"], exited["right"]] == summary["bracket"]
-    inside = table.loc[("clean", 1)]
+    inside = table.loc[("clean", "seed 1")]
     assert not inside["event"] and inside["time"] == 64 * 20 and np.isinf(inside["right"])
 
 
@@ -210,7 +232,7 @@ def test_kaplan_meier_by_hand():
 
 def table_of(times: dict[str, list[float]], horizon: float) -> pd.DataFrame:
     rows = [
-        {"arm": arm, "seed": seed, "time": time, "event": time < horizon}
+        {"arm": arm, "replicate": seed, "time": time, "event": time < horizon}
         for arm, members in times.items()
         for seed, time in enumerate(members)
     ]
@@ -232,7 +254,7 @@ def test_paired_difference_uses_the_pairing():
 def test_no_p_value_below_four_seeds():
     many = table_of({"a": [10.0, 12, 14, 16], "b": [30.0, 34, 36, 38]}, 100.0)
     assert log_rank(many, "a", "b") < 0.05
-    few = many[many["seed"] < 3]
+    few = many[many["replicate"] < 3]
     with pytest.raises(ValueError, match="at least 4"):
         log_rank(few, "a", "b")
     rng = np.random.default_rng(0)

@@ -1,0 +1,67 @@
+"""What runs of one experiment are called: by their attack, their defences, and what else differs.
+
+Runs that differ in seeds only are replicates of one arm. Names are made from the recorded
+configurations as they stand; nothing that a configuration names is looked up or imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+SEEDS = ("seed", "world.seed", "world.model_seed")
+"""Fields that make replicates of an arm, not another arm."""
+_NAMED = {"learner.name", "attack.name", "attack.rho", "defences", *SEEDS}
+
+
+def arm_names(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One name per configuration; equal names are replicates.
+
+    Learners are named where they differ. Settings are compared within a learner, since learners
+    have different ones, and an attack's only where it acts.
+    """
+    fields = [dict(leaves(config)) for config in configs]
+    learners = [known.get("learner.name") for known in fields]
+    values: dict[tuple[Any, str], set[str]] = {}
+    for learner, known in zip(learners, fields, strict=True):
+        for key, value in _acting(known):
+            values.setdefault((learner, key), set()).add(repr(value))
+    several = len(set(learners)) > 1
+    names = []
+    for learner, known in zip(learners, fields, strict=True):
+        more = [f"{key}={value}" for key, value in _acting(known) if len(values[learner, key]) > 1]
+        name = " ".join([base_name(known), *more])
+        names.append(f"{learner}: {name}" if several else name)
+    return names
+
+
+def base_name(known: Mapping[str, Any]) -> str:
+    """Attack and defences, from the flat fields of a configuration."""
+    rho = known.get("attack.rho", 0.0)
+    attack = f"{known.get('attack.name')} ρ={rho:g}" if rho else "clean"
+    return " + ".join([attack, *known.get("defences", [])])
+
+
+def replicate(known: Mapping[str, Any]) -> str:
+    """Which replicate of its arm a run is, in words; runs of one replicate are paired."""
+    words = [f"seed {known.get('seed', 0)}"]
+    if known.get("world.seed"):
+        words.append(f"world {known['world.seed']}")
+    if known.get("world.model_seed"):
+        words.append(f"models {known['world.model_seed']}")
+    return ", ".join(words)
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields of a nested configuration by dotted path."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _acting(known: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in known.items():
+        if key not in _NAMED and (not key.startswith("attack.") or known.get("attack.rho")):
+            yield key, value
