@@ -26,7 +26,7 @@ class HarmTargeted(Attack):
     def __post_init__(self) -> None:
         """Check the threshold; at 0 every pair would count as harmful."""
         if not 0 < self.eta <= 1:
-            raise ValueError(f"{type(self).__name__}: eta={self.eta}; allowed: above 0, up to 1")
+            raise ValueError(f"attack: eta={self.eta}; allowed: above 0, up to 1")
 
     def vote(self, view: View, honest: np.ndarray) -> np.ndarray:
         """(N,) the more harmful side where |h| >= eta."""
