@@ -133,7 +133,9 @@ class Tiny:
         policy = Policy(self.model(seed, dtype=dtype), self.tokenizer())
         model = policy.model if learner == "policy" else self.model(seed + 1, scorer=True)
         sampler = TransformersSampler(SamplerConfig(max_new_tokens=ANSWER), policy.tokenizer)
-        ctx = Context(learner, model, policy.tokenizer, policy, self.roles(), {}, sampler, seed)
+        scorers = {"cost": lambda rows: (rows.ids == 7).float().mean(1)}
+        services = (self.roles(), scorers, sampler, seed)
+        ctx = Context(learner, model, policy.tokenizer, policy, *services)
         members = [defences.create(s) if isinstance(s, str) else s for s in specs]
         return DefenceStack(members, ctx)
 

@@ -74,7 +74,7 @@ def test_recovers_a_known_bradley_terry_order(tiny):
         return spearmanr(rewards.numpy(), score).statistic
 
     before = agreement()
-    losses = [model.learn(replay, round, round)["reward_model/loss"] for round in range(8)]
+    losses = [model.learn(replay, round, round)["reward_model/loss"] for round in range(5)]
     assert abs(before) < 0.7 and agreement() > 0.9
     assert losses[-1] < losses[0] - 0.1
 

@@ -1,0 +1,272 @@
+"""Contract of every registered defence under every learner."""
+
+import copy
+
+import pytest
+import torch
+
+from agents.context import Context
+from agents.defence import PHASES, Defence, DefenceStack, Report, defences
+from agents.learners import learners
+from agents.policy import response_logprobs
+
+LEARNERS = learners.names()
+DEFENCES = defences.names()
+OFF = {"refusal_loss": "refusal_loss(alpha=0)", "small_lr": "small_lr(divisor=1)"}
+"""Each defence at strength 0; a new defence states its own here."""
+NEVER_OFF = {"freeze"}
+"""Defences that have no strength."""
+
+each_defence = pytest.mark.parametrize("defence", DEFENCES)
+each_learner = pytest.mark.parametrize("learner", LEARNERS)
+
+
+def end(tiny, learner, specs=(), rounds=2):
+    """Weights, samples and labels' fate after some rounds."""
+    agent = tiny.agent(learner, specs)
+    learned = tiny.rounds(agent, 0, rounds)
+    fate = torch.cat([torch.from_numpy(x.target * 10 + x.weight) for x in learned])
+    return torch.cat([tiny.weights(agent.policy.model), fate]), agent
+
+
+def test_every_defence_states_its_strength_zero():
+    assert set(OFF) | NEVER_OFF == set(DEFENCES)
+
+
+@each_defence
+@each_learner
+def test_default_strength_does_something(tiny, defence, learner):
+    changed, _ = end(tiny, learner, (defence,))
+    plain, _ = end(tiny, learner)
+    assert not torch.equal(changed, plain)
+
+
+@pytest.mark.parametrize("spec", OFF.values(), ids=OFF)
+@each_learner
+def test_strength_zero_is_bitwise_no_defence(tiny, spec, learner):
+    off, agent = end(tiny, learner, (spec,))
+    plain, bare = end(tiny, learner)
+    assert torch.equal(off, plain)
+    ours, theirs = agent.stack.ctx.state_dict(), bare.stack.ctx.state_dict()
+    assert ours["drawn"] == theirs["drawn"] and torch.equal(ours["rng"], theirs["rng"])
+
+
+@each_learner
+def test_freeze_changes_nothing(tiny, learner):
+    agent = tiny.agent(learner, ("freeze",))
+    before = tiny.weights(agent.policy.model)
+    tiny.rounds(agent, 0, 2)
+    assert torch.equal(tiny.weights(agent.policy.model), before)
+    if agent.reward_model is not None:
+        assert agent.reward_model.ctx.step > 0, "the reward model goes on learning"
+
+
+@each_learner
+def test_small_lr_moves_a_hundredth(tiny, learner):
+    start = tiny.weights(tiny.model(0))
+    moved = {}
+    for specs in ((), ("small_lr",)):
+        agent = tiny.agent(learner, specs, epochs=1, minibatch=64)
+        tiny.rounds(agent, 0, 1)
+        moved[specs] = tiny.weights(agent.policy.model) - start
+        assert {g["lr"] for g in agent.stack.ctx.optimizer.param_groups} == {3e-3}
+    ratio = moved[("small_lr",)].norm() / moved[()].norm()
+    assert ratio.item() == pytest.approx(0.01, rel=0.02)
+
+
+@each_defence
+@each_learner
+def test_saved_and_loaded_mid_run_equals_uninterrupted(tiny, defence, learner):
+    whole, uninterrupted = end(tiny, learner, (defence,), rounds=4)
+    _, first = end(tiny, learner, (defence,), rounds=2)
+    state = copy.deepcopy(first.state_dict())
+    resumed = tiny.agent(learner, (defence,), seed=0)
+    tiny.rounds(resumed, 0, 1)  # whatever it was before loading must not matter
+    resumed.load_state_dict(state)
+    learned = tiny.rounds(resumed, 2, 4)
+    size = len(tiny.weights(resumed.policy.model))
+    assert torch.equal(tiny.weights(resumed.policy.model), whole[:size])
+    final = resumed.state_dict()
+    assert_equal(final, uninterrupted.state_dict())
+    assert len(learned) == 2 and resumed.round == 4
+
+
+def assert_equal(ours, theirs):
+    """Nested states, bit for bit."""
+    assert type(ours) is type(theirs)
+    if isinstance(ours, dict):
+        assert list(ours) == list(theirs)
+        for name in ours:
+            assert_equal(ours[name], theirs[name])
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs)
+        for mine, other in zip(ours, theirs, strict=True):
+            assert_equal(mine, other)
+    elif hasattr(ours, "shape"):
+        assert (torch.as_tensor(ours) == torch.as_tensor(theirs)).all()
+    else:
+        assert ours == theirs
+
+
+def footprint(tiny, agent):
+    """Everything a phase may have switched."""
+    model = agent.policy.model
+    hooks = [
+        (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks), m.training)
+        for m in model.modules()
+    ]
+    rates = [group["lr"] for group in agent.stack.ctx.optimizer.param_groups]
+    grads = [p.requires_grad for p in model.parameters()]
+    return hooks, rates, grads, tiny.weights(model).tolist()
+
+
+@each_defence
+@pytest.mark.parametrize("phase", PHASES)
+def test_phases_restore_what_they_switched(tiny, defence, phase):
+    agent = tiny.agent("grpo", (defence,))
+    tiny.rounds(agent, 0, 1)
+    before = footprint(tiny, agent)
+    with pytest.raises(ZeroDivisionError), agent.stack.phase(phase):
+        raise ZeroDivisionError
+    assert footprint(tiny, agent) == before
+    if phase != "update":  # leaving an update may edit weights
+        with agent.stack.phase(phase):
+            pass
+        assert footprint(tiny, agent) == before
+
+
+@each_defence
+@each_learner
+def test_only_the_policy_moves(tiny, defence, learner):
+    """Neither reference nor data roles change; the reward model learns as it would without."""
+    agent, plain = tiny.agent(learner, (defence,)), tiny.agent(learner)
+    reference = tiny.weights(agent.policy.reference)
+    for system in (agent, plain):
+        tiny.rounds(system, 0, 1)
+    assert torch.equal(tiny.weights(agent.policy.reference), reference)
+    for name, role in agent.stack.ctx.data.items():
+        assert torch.equal(role.sequences.ids, tiny.roles()[name].sequences.ids)
+    if agent.reward_model is not None and type(agent.stack.members[0]).feedback is Defence.feedback:
+        ours, theirs = agent.reward_model.ctx.model, plain.reward_model.ctx.model
+        assert torch.equal(tiny.weights(ours), tiny.weights(theirs))
+
+
+@pytest.mark.parametrize("defence", sorted(set(DEFENCES) - NEVER_OFF))
+def test_a_failing_learner_leaves_no_trace(tiny, defence):
+    """An exception inside the learner's own run passes through the defence unchanged."""
+    agent = tiny.agent("grpo", (defence,))
+    tiny.rounds(agent, 0, 1)
+    before = footprint(tiny, agent)
+
+    def run():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), agent.stack.phase("update"):
+        agent.stack.backward(run)
+    assert footprint(tiny, agent) == before
+
+
+def double_gpt2(tiny):
+    """A GPT-2, because Llama's norms round to single precision whatever its weights are."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=tiny.vocabulary, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(config).double().eval()
+
+
+@pytest.mark.parametrize("alpha", [100, 0.37])
+def test_refusal_gradient_is_added_exactly(tiny, alpha):
+    """g = g_learner + alpha g_refusal, to 1e-12, on a double-precision model."""
+    ctx = Context("policy", double_gpt2(tiny), None, None, tiny.roles())
+    stack = DefenceStack([defences.create(f"refusal_loss(alpha={alpha}, batch=5)")], ctx)
+    user = tiny.sequences(6, 3)
+
+    def run():
+        loss = ctx.lm_loss(user)
+        loss.backward()
+        return Report({"loss": loss.item()})
+
+    def gradient(job):
+        ctx.model.zero_grad()
+        job()
+        return tiny.gradient(ctx.model)
+
+    own = gradient(run)
+    refusals = tiny.roles()["refusal"].next(5)
+    refusal = gradient(lambda: ctx.lm_loss(refusals).backward())
+    both = gradient(lambda: stack.backward(run))
+    assert refusal.norm() > 0.1 and own.dtype == torch.float64
+    assert (both - own - alpha * refusal).abs().max() <= 1e-12 * max(1, alpha)
+    ratio = ctx.metrics["defence/refusal_loss/grad_ratio"]
+    assert ratio == pytest.approx(float(alpha * refusal.norm() / own.norm()), rel=1e-5)
+
+
+def test_lm_loss_is_the_mean_over_answer_tokens(tiny):
+    ctx, rows = tiny.stack().ctx, tiny.sequences(4, 2)
+    logp = response_logprobs(ctx.model, rows)
+    expected = sum(-logp[i, : rows.mask[i].sum()].sum().item() for i in range(4))
+    assert ctx.lm_loss(rows).item() == pytest.approx(expected / int(rows.mask.sum()), rel=1e-5)
+
+
+def test_refusal_loss_leaves_value_heads_alone(tiny):
+    """Under PPO the extra term reaches policy parameters only."""
+    gradients = {}
+    for alpha in (0, 50):
+        spec = f"refusal_loss(alpha={alpha})"
+        agent = tiny.agent("ppo", (spec,), epochs=1, minibatch=64, max_grad_norm=1e9)
+        ctx, heads, step = agent.stack.ctx, agent.learner.heads, agent.stack.ctx.optimizer.step
+
+        def recorded(alpha=alpha, heads=heads, step=step):
+            gradients[alpha] = tiny.gradient(heads)
+            step()
+
+        ctx.optimizer.step = recorded
+        tiny.rounds(agent, 0, 1)
+    assert gradients[0].norm() > 0
+    torch.testing.assert_close(gradients[0], gradients[50], rtol=1e-6, atol=0)
+
+
+def test_refusal_loss_makes_refusals_likelier_and_harder_with_strength(tiny):
+    likelihood = {}
+    for alpha in (0, 1, 100):
+        agent = tiny.agent("sft", (f"refusal_loss(alpha={alpha})",))
+        tiny.rounds(agent, 0, 4)
+        rows = tiny.roles()["refusal"].sequences
+        likelihood[alpha] = -float(agent.stack.ctx.lm_loss(rows).detach())
+    assert likelihood[0] < likelihood[1] < likelihood[100]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("refusal_loss(alpha=-1)", r"alpha=-1; allowed: >= 0"),
+        ("refusal_loss(batch=0)", r"batch=0; allowed: >= 1"),
+        ("small_lr(divisor=0.5)", r"divisor=0.5; allowed: >= 1"),
+        ("refusal_loss(beta=1)", r"allowed: alpha, batch"),
+        ("no_such_defence", r"unknown name 'no_such_defence'; allowed: .*refusal_loss"),
+    ],
+)
+def test_bad_specs_are_named(spec, message):
+    with pytest.raises(ValueError, match=message):
+        defences.create(spec)
+
+
+def test_a_defence_in_a_file_of_the_users_own(tiny, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from agents.defence import Defence\n"
+        "class Louder(Defence):\n"
+        "    def __init__(self, factor=2.0):\n"
+        "        self.factor = factor\n"
+        "    def backward(self, ctx, run):\n"
+        "        report = run()\n"
+        "        for p in ctx.policy_params():\n"
+        "            p.grad = self.factor * p.grad\n"
+        "        return report\n"
+    )
+    mine = defences.create(f"{tmp_path}/mine.py:Louder(factor=-1.0)")
+    assert mine.spec.endswith("mine.py:Louder(factor=-1.0)")
+    reversed_, _ = end(tiny, "sft", (mine,), rounds=1)
+    plain, _ = end(tiny, "sft", rounds=1)
+    assert not torch.equal(reversed_, plain)
