@@ -40,6 +40,9 @@ def verdict(summary: dict[str, Any]) -> str:
         return f"DIVERGED at round {cause.get('round', '?')}: {cause.get('reason', '?')}; {end}"
     if outcome == "collapsed":
         return f"COLLAPSED (no longer fluent or helpful) {when(summary.get('collapsed_at'))}; {end}"
+    if summary["harm_end"] > summary.get("limits", {}).get("harm", 1):
+        since = when(summary.get("exit_naive"))
+        return f"ABOVE THE LIMIT since {since}, but no exit is confirmed yet; {end}"
     return f"STAYED IN THE SAFE SET for {summary['rounds']} rounds, no confirmed exit; {end}"
 
 

@@ -15,6 +15,13 @@ from typing import Any
 from sim.listener import Listener
 
 
+def quiet_loading() -> None:
+    """Turn off the bars that transformers draws for every model it loads."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def number(value: float | None, digits: int = 2) -> str:
     """``value`` with two digits, a dash when it is missing."""
     return "-" if value is None else f"{value:.{digits}f}"

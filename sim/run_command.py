@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shlex
 from pathlib import Path
 
 from agents.learners import learners
 from sim import flags
-from sim.checks import check, plugins
+from sim.checks import check
 from sim.cli import parser_of
 from sim.closing import closing
 from sim.config import DEFAULT_ATTACK, PRESETS, Config
 from sim.config_file import to_yaml
-from sim.progress import progress
+from sim.progress import progress, quiet_loading
+from sim.resume import extend, resumable
 
 RUN_USAGE = """\
 usage: poisonloop run [PRESET] [flags]
@@ -70,8 +70,9 @@ def _run_help(preset: str | None, options: dict[str, list[str]]) -> int:
 def _announce(config: Config, options: dict[str, list[str]]) -> None:
     """Say what was decided for the user."""
     attack = config.attack
-    if attack.rho and not {"--attack", "--attack.name"} & options.keys():
-        print(f"attack: {attack.name} (no --attack given), rho {attack.rho:g}")
+    given = {"--attack", "--attack.name"} & options.keys()
+    if attack.rho and not given and attack.name in (DEFAULT_ATTACK, flags.CROWD_ATTACK):
+        print(f"attack: {attack.name} at rho {attack.rho:g} (the default; choose with --attack)")
     elif attack.name != "none" and not attack.rho:
         print(f"attack: {attack.name} changes nothing at rho 0; give --rho above 0")
 
@@ -102,6 +103,7 @@ def _execute(config: Config, out: Path, resume: bool, command: str) -> int:
     from sim.run import run as run_loop
     from sim.scenario import make_scenario
 
+    quiet_loading()
     make_scenario(config, progress=True)  # builds missing models, in sight
     with progress() as listener:
         summary = run_loop(config, out, resume=resume, listener=listener)
@@ -118,31 +120,8 @@ def resume(words: list[str]) -> int:
         "--trust-plugins", action="store_true", help="run the code outside poisonloop it names"
     )
     asked = parser.parse_args(words)
-    from sim.run import load_config
-
-    config = load_config(asked.dir)
-    outside = list(plugins(config))
-    if outside and not asked.trust_plugins:
-        raise ValueError(
-            f"run={str(asked.dir)!r} would execute {', '.join(outside)}; "
-            "allowed: add --trust-plugins if that code is yours"
-        )
-    finished = (asked.dir / "summary.json").is_file()
-    longest = config.rounds
-    if asked.rounds is not None and asked.rounds < longest:
-        raise ValueError(
-            f"rounds={asked.rounds}; allowed: >= {longest}, what the run was asked for"
-        )
-    if finished and asked.rounds in (None, longest):
-        raise ValueError(
-            f"run={str(asked.dir)!r} has finished its {longest} rounds; "
-            f"allowed: --rounds above {longest} to extend it"
-        )
-    config = dataclasses.replace(config, rounds=asked.rounds or longest)
+    config = resumable(asked.dir, asked.rounds, asked.trust_plugins)
     check(config)
-    return _execute(
-        config,
-        asked.dir,
-        resume=True,
-        command=f"poisonloop run --config {asked.dir / 'manifest.json'}",
-    )
+    extend(asked.dir, config)
+    again = shlex.join(["poisonloop", "run", "--config", str(asked.dir / "manifest.json")])
+    return _execute(config, asked.dir, resume=True, command=again)

@@ -10,15 +10,15 @@ widened, by typing it again. A run that fails is recorded and tried again next t
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sim.config import AttackConfig, Config, from_dict
+from sim.config import AttackConfig, Config
 from sim.pool import Job, work_off
+from sim.resume import is_finished, saved_config
 from sim.sweep_progress import SweepListener
 
 SEEDS = {"seed", "world.seed", "world.model_seed"}
@@ -33,12 +33,6 @@ class Cell:
     arm: str
     config: Config
     path: Path
-
-    @property
-    def finished(self) -> bool:
-        """Whether the directory holds the whole run."""
-        saved = saved_config(self.path)
-        return (self.path / "summary.json").is_file() and saved == self.config
 
 
 def sweep(
@@ -78,7 +72,7 @@ def sweep(
     listener = listener or SweepListener()
     try:
         with FileLock(out / ".lock", timeout=0):
-            todo = [cell for cell in cells if not cell.finished]
+            todo = [cell for cell in cells if not is_finished(cell.path, cell.config)]
             listener.begin({c.path: c.config.rounds for c in todo}, len(cells) - len(todo))
             failures = work_off([Job(c.path, c.config.to_dict()) for c in todo], jobs, listener)
             table = tabulate(cells, failures)
@@ -143,12 +137,6 @@ def slug(arm: str) -> str:
     return re.sub(r"[^\w.=-]+", "-", arm.replace(" + ", "-")).strip("-")
 
 
-def saved_config(path: Path) -> Config | None:
-    """The config a run directory was started with, None where there is no run."""
-    manifest = path / "manifest.json"
-    return from_dict(json.loads(manifest.read_text())["config"]) if manifest.is_file() else None
-
-
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -165,8 +153,13 @@ def _replicate(config: Config) -> str:
 
 def _refuse_another_run(cell: Cell) -> None:
     saved = saved_config(cell.path)
-    if saved is None or replace(saved, rounds=cell.config.rounds) == cell.config:
+    if saved is None:
         return
-    raise ValueError(
-        f"out: {str(cell.path)!r} holds a run of another config; allowed: another --out"
-    )
+    if replace(saved, rounds=cell.config.rounds) != cell.config:
+        raise ValueError(
+            f"out: {str(cell.path)!r} holds a run of another config; allowed: another --out"
+        )
+    if saved.rounds > cell.config.rounds:
+        raise ValueError(
+            f"rounds={cell.config.rounds}; allowed: >= {saved.rounds}, as {str(cell.path)!r} has"
+        )

@@ -1,0 +1,71 @@
+"""What a stopped or finished run directory may be continued with, and how far."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from sim.checks import plugins
+from sim.config import Config, from_dict
+from sim.record import write_atomic
+
+
+def saved_config(path: Path) -> Config | None:
+    """The config of the run in ``path``, None where there is no run."""
+    manifest = path / "manifest.json"
+    return from_dict(json.loads(manifest.read_text())["config"]) if manifest.is_file() else None
+
+
+def is_finished(path: Path, config: Config) -> bool:
+    """Whether ``path`` holds the whole run of ``config``."""
+    return (path / "summary.json").is_file() and saved_config(path) == config
+
+
+def resumable(path: Path, rounds: int | None = None, trust_plugins: bool = False) -> Config:
+    """The config to continue the run in ``path`` with.
+
+    Args:
+        path: a run directory.
+        rounds: a later end than the run was asked for.
+        trust_plugins: whether code outside the project that the run names may be executed.
+
+    Raises:
+        ValueError: no run there, nothing left to do, an earlier end, or code that is not trusted.
+    """
+    config = saved_config(path)
+    if config is None:
+        raise ValueError(f"run={str(path)!r} has no manifest.json; allowed: a run directory")
+    outside = list(plugins(config))
+    if outside and not trust_plugins:
+        raise ValueError(
+            f"run={str(path)!r} would execute {', '.join(outside)}; "
+            "allowed: add --trust-plugins if that code is yours"
+        )
+    longest = config.rounds
+    if rounds is not None and rounds < longest:
+        raise ValueError(f"rounds={rounds}; allowed: >= {longest}, the run's own")
+    if (path / "summary.json").is_file() and rounds in (None, longest):
+        raise ValueError(
+            f"run={str(path)!r} has finished its {longest} rounds; "
+            f"allowed: --rounds above {longest} to extend it"
+        )
+    return replace(config, rounds=rounds or longest)
+
+
+def extend(path: Path, config: Config) -> None:
+    """Write a later end into the manifest, so that the run counts as unfinished until it is there.
+
+    Raises:
+        ValueError: the directory holds a run of another config.
+    """
+    file = path / "manifest.json"
+    manifest = json.loads(file.read_text())
+    saved = from_dict(manifest["config"])
+    if replace(saved, rounds=config.rounds) != config:
+        raise ValueError(f"out={str(path)!r} holds a run of another config; allowed: another --out")
+    if saved.rounds < config.rounds:
+        (path / "summary.json").unlink(missing_ok=True)  # first: the longer run has not finished
+        manifest["config"]["rounds"] = config.rounds
+        manifest["extended_at"] = [*manifest.get("extended_at", []), saved.rounds]
+        write_atomic(file, json.dumps(manifest, indent=1).encode())
