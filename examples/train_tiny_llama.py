@@ -52,7 +52,7 @@ class Recipe:
     """Hidden size."""
     layers: int = 4
     """Decoder layers."""
-    epochs: int = 8
+    epochs: int = 16
     """Passes over the answers."""
     batch: int = 16
     """Answers per step."""
