@@ -146,7 +146,9 @@ def plot_rho(run: Run, ax: Axes | None = None, window: int = 5) -> Axes:
         colour, _ = style.line_style(i)
         smooth = values.rolling(window, min_periods=1).mean().to_numpy()
         ax.plot(x, values, color=colour, lw=0.8, alpha=0.3)
-        ax.plot(x, smooth, color=colour, lw=2)
+        # Without a defence that edits labels the last two coincide: dashes let both be seen.
+        dash = "--" if name == "feedback/rho_post" else "-"
+        ax.plot(x, smooth, dash, color=colour, lw=2)
         last = np.flatnonzero(~np.isnan(smooth))[-1]
         ends.append((x[-1], smooth[last], f"{100 * smooth[last]:.0f}% {words}", colour))
     top = max([0.05, *(1.15 * y for _, y, *_ in ends)])

@@ -80,7 +80,7 @@ def whole_rounds(ax: Axes) -> None:
     """Ticks of the x axis at whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
 def line_style(index: int) -> tuple[str, str]:
