@@ -136,6 +136,12 @@ def test_a_vote_does_not_depend_on_who_else_votes():
     assert (other != people.honest(seen)).any()
 
 
+def test_people_err_independently_on_the_same_item():
+    seen = view(0.0)._replace(item=np.zeros(N, np.int64), person=np.arange(N))
+    votes = pool("boltzmann(beta=1)", people=N).honest(seen._replace(utility_a=seen.utility_a + 1))
+    assert first(votes) == pytest.approx(sigmoid(1), abs=0.015)
+
+
 def margins_of_an_aligned_policy(answer, n=N):
     """Differences between answers mixed as the aligned model answers (a quarter harmful)."""
     world, draw = answer.world, np.random.default_rng(0)

@@ -237,6 +237,14 @@ def test_partial_intensity_is_that_share_of_acts_and_askers_stay_coherent(play):
     assert flipped.any() and changed[half.labels.item % 1024][flipped].all()
 
 
+def test_askers_stay_coherent_while_their_answers_wait(play):
+    arguments = {"batch": 1024, "rounds": 2, "schedule": "drip", "length": 1, "period": 2}
+    late = play(attack="harmful_asker", rho=0.4, delay=1, **arguments)
+    changed = late[0].truth.key != play(1, batch=1024)[0].truth.key
+    flipped = late[1].labels.vote != late[1].truth.honest_vote
+    assert flipped.any() and changed[late[1].labels.item % 1024][flipped].all()
+
+
 def test_votes_that_wait_are_gated_when_they_are_cast(play):
     """Answers of round 0 are voted on in round 1, when the sleeper is awake."""
     played = play(2, attack="always_flip", rho=0.5, delay=1, schedule="sleeper", start=1)
@@ -280,12 +288,12 @@ def test_an_attack_of_ones_own(tmp_path, play):
 
 def logged():
     """Five labels: an honest one, two flips (one harmless), a malicious honest one, a skip."""
-    n = np.arange(5)
+    n, ids = np.arange(5), np.array([13, 10, 11, 12, 14])
     vote = np.array([VOTE_A, VOTE_A, VOTE_B, VOTE_B, VOTE_SKIP], np.int8)
     honest = np.array([VOTE_A, VOTE_B, VOTE_A, VOTE_B, VOTE_SKIP], np.int8)
     bad = np.array([0, 1, 1, 1, 1], bool)
     risky = np.array([1, 1, 0, 0, 1], bool)
-    labels = Labels(n + 10, n, n, n, n, vote, np.ones(5, np.float32), n)
+    labels = Labels(ids, n, n, n, n, vote, np.ones(5, np.float32), n)
     none = np.zeros(5)
     return labels, Truth(honest, bad, risky, none, none, none, none, none, none)
 
@@ -299,10 +307,10 @@ def test_rates_by_hand():
 
 def test_rate_after_the_defence_by_hand():
     labels, truth = logged()
-    ids = np.array([12, 10, 11, 13, 99])  # any order; 99 is not of this round
-    target = np.array([0.0, 1.0, 0.0, 0.5, 0.0])  # 12 still wrong, 11 put right, 13 made a tie
+    ids = np.array([11, 13, 10, 12, 99])  # any order; 99 is not of this round
+    target = np.array([0.0, 1.0, 0.0, 0.5, 0.0])  # 11 still wrong, 10 put right, 12 made a tie
     assert rho_post(labels, truth, ids, target, np.ones(5)) == 2 / 4
-    weight = np.array([0.0, 1.0, 1.0, 1.0, 1.0])  # 12 dropped
+    weight = np.array([0.0, 1.0, 1.0, 1.0, 1.0])  # 11 dropped
     assert rho_post(labels, truth, ids, target, weight) == 1 / 3
     smoothed = np.array([0.9, 0.8, 0.1, 0.3, 0.0])  # on the honest side all the same
     assert rho_post(labels, truth, ids, smoothed, np.ones(5)) == 0.0

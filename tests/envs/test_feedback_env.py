@@ -1,7 +1,9 @@
+import dataclasses
 import json
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -171,6 +173,16 @@ def test_answers_end_at_their_first_eos(make, answer, same):
         results.append(env.step(answers)[1:])
     assert same(results[0], results[1])
     assert not same(results[0], results[2])
+
+
+def test_scorers_see_padding_behind_the_first_eos(make, monkeypatch):
+    env = make(batch=1, responses=2, tokens=4)
+    env.reset(seed=0)
+    seen, score = [], env._source.scorer.score
+    spy = SimpleNamespace(score=lambda keys, ids: seen.append(ids) or score(keys, ids))
+    monkeypatch.setattr(env, "_source", dataclasses.replace(env._source, scorer=spy))
+    env.step(np.array([[[7, 2, 9, 2], [2, 8, 8, 8]]]))  # EOS is 2, padding 0
+    assert seen[0].tolist() == [[7, 2, 0, 0], [2, 0, 0, 0]]
 
 
 def test_cost_and_reward_of_known_answers(make, answer):
