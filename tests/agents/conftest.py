@@ -58,12 +58,18 @@ class Tiny:
         tokenizer.chat_template = TEMPLATE
         return tokenizer
 
-    def model(self, seed: int = 0, scorer: bool = False, dtype: torch.dtype = torch.float32) -> Any:
+    def model(
+        self,
+        seed: int = 0,
+        scorer: bool = False,
+        dtype: torch.dtype = torch.float32,
+        vocabulary: int = VOCABULARY,
+    ) -> Any:
         """A Llama of two layers; wide initial weights make its distributions uneven."""
         from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
         config = LlamaConfig(
-            vocab_size=VOCABULARY,
+            vocab_size=vocabulary,
             hidden_size=16,
             intermediate_size=24,
             num_hidden_layers=2,
@@ -128,10 +134,12 @@ class Tiny:
         learner: str = "policy",
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
+        vocabulary: int = VOCABULARY,
     ) -> DefenceStack:
         """An unprepared stack on a fresh model; ``specs`` are names or defence objects."""
-        policy = Policy(self.model(seed, dtype=dtype), self.tokenizer())
-        model = policy.model if learner == "policy" else self.model(seed + 1, scorer=True)
+        size = {"dtype": dtype, "vocabulary": vocabulary}
+        policy = Policy(self.model(seed, **size), self.tokenizer())
+        model = policy.model if learner == "policy" else self.model(seed + 1, True, **size)
         sampler = TransformersSampler(SamplerConfig(max_new_tokens=ANSWER), policy.tokenizer)
         scorers = {"cost": lambda rows: (rows.ids == 7).float().mean(1)}
         services = (self.roles(), scorers, sampler, seed)
@@ -147,20 +155,19 @@ class Tiny:
         delay: int = 0,
         responses: int = 3,
         window: int = 64,
-        prepare: bool = True,
+        vocabulary: int = VOCABULARY,
         **fields: Any,
     ) -> Agent:
         """A complete training system, joined as a run joins it."""
-        stack = self.stack(specs, seed=seed)
-        if prepare:
-            stack.prepare()
+        stack = self.stack(specs, seed=seed, vocabulary=vocabulary)
+        stack.prepare()
         policy = stack.ctx._policy
         policy.snapshot_reference()
         config = learners.get(learner)(**{"lr": 3e-3, "minibatch": 8, **fields})
         trained = config.build(stack.ctx, stack, 1.0)
         reward_model = None
         if trained.uses == "rollouts":
-            rewards = self.stack((), "reward_model", seed)
+            rewards = self.stack((), "reward_model", seed, vocabulary=vocabulary)
             chosen = RewardModelConfig(lr=3e-3, minibatch=8, steps=2, window=window)
             reward_model = RewardModel(chosen, rewards.ctx, rewards)
         return Agent(

@@ -1,0 +1,169 @@
+"""Learners and defences cannot reach the truth: not by reference, not by value, not by import."""
+
+import ast
+import gc
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType, ModuleType
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+import agents
+import envs  # noqa: F401  (registers the environment)
+from agents.defence import defences
+from agents.learners import learners
+from envs.types import Labels, PromptTable, Scores, Truth
+from envs.world import Oracle, World
+
+LEAVES = {"envs.types", "envs.registry", "envs.rng"}
+FORBIDDEN = (Truth, Scores, PromptTable, Oracle, World, gymnasium.Env)
+SEEN_OF_OBSERVATION = {"prompt_ids", "prompt_mask", "stratum", "user"}
+
+
+@pytest.fixture
+def env():
+    return gymnasium.make(
+        "FeedbackPoisoning/Live-v0",
+        disable_env_checker=True,
+        batch=8,
+        responses=3,
+        tokens=5,
+        annotators=12,
+        attack="harmful_asker",
+        rho=0.4,
+        delay=1,
+    ).unwrapped
+
+
+class Recorded(Mapping):
+    """A dict that remembers every key it was asked for."""
+
+    def __init__(self, values, asked):
+        self.values_, self.asked = values, asked
+
+    def __getitem__(self, key):
+        self.asked.add(key)
+        return self.values_[key]
+
+    def __iter__(self):
+        self.asked.add("*")
+        return iter(self.values_)
+
+    def __len__(self):
+        return len(self.values_)
+
+
+class RecordedLabels(Labels):
+    """A label log that remembers every attribute it was asked for."""
+
+    asked: set = set()  # noqa: RUF012
+
+    def __getattribute__(self, name):
+        RecordedLabels.asked.add(name)
+        return super().__getattribute__(name)
+
+
+def reachable(root):
+    """Every object that can be reached from ``root`` without going through a module or a class."""
+    stop = {id(vars(m)) for m in list(sys.modules.values()) if isinstance(m, ModuleType)}
+    seen, queue = {id(root): root}, [root]
+    while queue:
+        for found in gc.get_referents(queue.pop()):
+            if id(found) in seen or id(found) in stop:
+                continue
+            if isinstance(found, ModuleType | type | FrameType):
+                continue
+            seen[id(found)] = found
+            queue.append(found)
+    return seen.values()
+
+
+def play(tiny, env, learner, specs, rounds=3, tamper=None):
+    """Some rounds of the loop's own three lines, everything recorded on the way."""
+    size = env.action_space.high.max() + 1
+    agent = tiny.agent(learner, specs, delay=1, vocabulary=int(size))
+    observation, _ = env.reset(seed=3)
+    asked, infos = set(), []
+    for _ in range(rounds):
+        responses = agent.act(Recorded(observation, asked))
+        observation, utility, _, _, info = env.step(responses.ids)
+        if tamper is not None:
+            tamper(info)
+        agent.learn(RecordedLabels(*info["labels"]))
+        infos.append((info, utility))
+    return agent, asked, infos
+
+
+@pytest.mark.parametrize("learner", learners.names())
+def test_no_truth_oracle_or_environment_is_reachable(tiny, env, learner):
+    specs = tuple(name for name in defences.names() if name != "freeze")  # which hides the learner
+    agent, asked, infos = play(tiny, env, learner, specs)
+    objects = list(reachable(agent))
+    assert len(objects) > 1000 and any(o is agent.policy.model for o in objects)
+    assert not [type(o) for o in objects if isinstance(o, FORBIDDEN)]
+    assert not [o for o in objects if o is env or o is env._source or o is env._source.scorer]
+    truths = [column for info, _ in infos for column in info["truth"]]
+    arrays = [o for o in objects if isinstance(o, np.ndarray) and o.size]
+    arrays += [o.detach().numpy() for o in objects if isinstance(o, torch.Tensor) and o.numel()]
+    for column in truths:
+        assert not any(np.shares_memory(column, array) for array in arrays if column.size)
+    assert asked <= SEEN_OF_OBSERVATION
+    fields = RecordedLabels.asked & set(Labels._fields)
+    assert RecordedLabels.asked - fields <= {"__class__", "_fields"}
+
+
+def test_the_walk_finds_what_is_hidden(tiny, env):
+    """In an attribute, in a closure, in a bound method, in a partial."""
+    from functools import partial
+
+    observation, _ = env.reset(seed=0)
+    truth = env.step(np.zeros(env.action_space.shape, np.int64))[4]["truth"]
+    hiding_places = (
+        lambda: truth,
+        partial(print, truth),
+        {"a": [({"b": truth},)]},
+        env.step,
+    )
+    for hidden in hiding_places:
+        agent = tiny.agent("dpo")
+        agent.stack.ctx.metrics["hidden"] = hidden
+        assert [o for o in reachable(agent) if isinstance(o, FORBIDDEN)]
+
+
+@pytest.mark.parametrize("learner", learners.names())
+def test_what_is_learned_does_not_depend_on_the_truth(tiny, env, learner):
+    """Truth, costs and utility overwritten before the agent learns: bitwise the same policy."""
+
+    def spoil(info):
+        for column in info["truth"]:
+            column[...] = 1
+        info.update({name: -9.0 for name in info if isinstance(info[name], float)})
+
+    ends = []
+    for tamper in (None, spoil):
+        agent, _, infos = play(tiny, env, learner, ("refusal_loss",), tamper=tamper)
+        ends.append((tiny.weights(agent.policy.model), infos))
+    assert torch.equal(ends[0][0], ends[1][0])
+    honest, spoiled = (infos[-1][0]["truth"].cost for _, infos in ends)
+    assert (spoiled == 1).all() and not (honest == 1).all()
+
+
+def test_agents_import_only_the_leaves_of_envs_and_nothing_of_sim():
+    root = Path(next(iter(agents.__path__)))
+    imported = set()
+    for path in root.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"relative import in {path.name}"
+                imported |= {f"{node.module}.{alias.name}" for alias in node.names}
+                imported.add(node.module)
+    ours = {name for name in imported if name.split(".")[0] in ("envs", "sim")}
+    assert any(name.startswith("envs.types") for name in ours)
+    for name in ours - {"envs"}:
+        assert any(name == leaf or name.startswith(leaf + ".") for leaf in LEAVES), name
