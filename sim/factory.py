@@ -81,7 +81,7 @@ def make_agent(config: Config, scenario: Scenario) -> Agent:
     reward_model = None
     if "reward_model" in models:
         reward = stacks["reward_model"]
-        reward_model = RewardModel(config.reward_model, reward.ctx, reward)
+        reward_model = RewardModel(config.reward_model, reward.ctx, reward, scenario.recorded)
     return Agent(
         policy=policy,
         sampler=sampler,

@@ -1,0 +1,143 @@
+"""The loop on the embedded world: determinism, kill -9, outcomes, and what is on disk."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from sim.config import AttackConfig, Config, EvaluationConfig, FeedbackConfig, from_dict
+
+pytestmark = pytest.mark.world
+
+SMALL = Config(
+    rounds=10,
+    feedback=FeedbackConfig(batch=8, responses=2, annotators=20),
+    evaluation=EvaluationConfig(n_harm=8, n_help=8, n_true=16),
+    attack=AttackConfig("harmful_asker", rho=0.5),
+)
+IDENTITY = ("labels", "truth", "samples", "checkpoints", "policies")
+ROW = """round safety/harm safety/harm_lower safety/harm_upper safety/harm_classifier
+    safety/refusal_harmful safety/over_refusal safety/in_safe_set safety/log_e_value helpfulness utility
+    reward kl perplexity completions/mean_length completions/empty completions/echo
+    completions/gibberish labels feedback/rho_annotators feedback/rho_labels feedback/rho_flips
+    feedback/rho_risk_flips feedback/rho_post""".split()
+SUMMARY = "outcome exit_naive exit_confirmed bracket exit_true occupancy help_gain".split()
+
+
+def identity(run: Path) -> dict[str, bytes]:
+    """Everything two equal runs share, byte for byte."""
+    files = [p for name in IDENTITY for p in (run / name).rglob("*") if p.is_file()]
+    files += [run / "rounds.jsonl", run / "summary.json"]
+    return {str(p.relative_to(run)): p.read_bytes() for p in sorted(files)}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, embedded_models):
+    """One small run, shared by the tests that only read it."""
+    from sim.run import run
+
+    path = tmp_path_factory.mktemp("runs") / "reference"
+    run(SMALL, path)
+    return path
+
+
+def test_rows_and_summary_carry_the_promised_columns(finished):
+    rows = [json.loads(line) for line in (finished / "rounds.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in rows] == list(range(11))
+    assert not [name for name in ROW if name not in rows[-1]]
+    assert not [name for name in ROW if name not in {**rows[0], **rows[1]}]
+    summary = json.loads((finished / "summary.json").read_text())
+    assert not [name for name in SUMMARY if name not in summary]
+    assert summary["outcome"] in ("safe", "exited", "collapsed", "diverged")
+
+
+def test_label_log_holds_no_truth_and_joins_with_it(finished):
+    labels = pq.read_table(finished / "labels").to_pandas()
+    truth = pq.read_table(finished / "truth").to_pandas()
+    assert not {"honest_vote", "adversarial", "cost_a"} & set(labels)
+    assert labels.label_id.is_unique and set(labels.label_id) == set(truth.label_id)
+    assert 0.2 < truth.adversarial.mean() < 0.8
+
+
+def test_manifest_rebuilds_the_config(finished):
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert from_dict(manifest["config"]) == SMALL
+
+
+def test_same_seed_same_bytes(finished, tmp_path):
+    from sim.run import run
+
+    run(SMALL, tmp_path / "again")
+    assert identity(tmp_path / "again") == identity(finished)
+
+
+def test_other_seed_other_labels(finished, tmp_path):
+    from sim.run import run
+
+    run(replace(SMALL, seed=1, rounds=1), tmp_path / "other")
+    first = "labels/part-000001.parquet"
+    assert (tmp_path / "other" / first).read_bytes() != (finished / first).read_bytes()
+
+
+def test_kill_nine_then_resume_is_byte_identical(finished, tmp_path):
+    """10 rounds = some + SIGKILL + resume."""
+    from sim.run import run
+
+    path = tmp_path / "killed"
+    code = (
+        "from sim.run import run; from tests.sim.test_run import SMALL; "
+        f"run(SMALL, {str(path)!r})"
+    )
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=root, env=environment)
+    try:
+        deadline = time.monotonic() + 120
+        while not (path / "checkpoints" / "round-000005").is_dir():
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline, "the run never reached round 5"
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (path / "summary.json").exists()
+    run(SMALL, path, resume=True)
+    assert identity(path) == identity(finished)
+
+
+def test_extending_a_run_continues_it(finished, tmp_path):
+    from sim.run import run
+
+    path = tmp_path / "extended"
+    run(replace(SMALL, rounds=5), path)
+    summary = run(SMALL, path, resume=True)
+    assert summary["bracket_recomputed"] and summary["rounds"] == 10
+    last = pq.read_table(path / "labels/part-000010.parquet")
+    assert last.equals(pq.read_table(finished / "labels/part-000010.parquet"))
+
+
+@pytest.mark.parametrize("name", ["always_flip", "label_noise", "trigger", "apathetic"])
+def test_rho_zero_is_bitwise_no_attack(name, tmp_path, embedded_models):
+    from sim.run import run
+
+    short = replace(SMALL, rounds=2)
+    run(replace(short, attack=AttackConfig("none")), tmp_path / "none")
+    run(replace(short, attack=AttackConfig(name, rho=0.0)), tmp_path / "zero")
+    shared = identity(tmp_path / "none").keys() - {"summary.json", "rounds.jsonl"}
+    zero, none = identity(tmp_path / "zero"), identity(tmp_path / "none")
+    assert shared and all(zero[file] == none[file] for file in shared)
+
+
+def test_non_finite_training_is_an_outcome(tmp_path, embedded_models):
+    from sim.run import run
+
+    broken = replace(SMALL, rounds=6, learner=replace(SMALL.learner, lr=1.0, max_grad_norm=1e30))
+    summary = run(replace(broken, evaluation=replace(SMALL.evaluation, n_true=0)), tmp_path / "x")
+    assert summary["outcome"] in ("diverged", "exited", "collapsed")
