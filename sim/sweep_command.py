@@ -62,7 +62,10 @@ def _finish(table: dict[str, Any], out: Path) -> int:
     done = [Path(run["path"]) for run in table["runs"] if run["failure"] is None]
     print(f"Table:    {out / 'table.csv'}, {out / 'table.json'}")
     if done:
-        print(f"Pictures: {', '.join(map(str, write_report(done, out)))}")
+        files = write_report(done, out)
+        shown = [str(path) for path in files if path.name in ("arms.png", "survival.png")]
+        print(f"Pictures: {', '.join(shown or map(str, files[1:3]))}")
+        print(f"Report:   {files[0]}")
     failed = [run for run in table["runs"] if run["failure"]]
     for run in failed:
         print(f"Failed:   {run['path']}: {run['failure']}")

@@ -126,8 +126,9 @@ def print_table(table: dict[str, Any]) -> None:
     from sim.progress import number
 
     drawn = Table(box=box.SIMPLE_HEAD)
-    for title in ("arm", "runs", "outcomes", "harm at end", "help gain", "learning retained"):
-        drawn.add_column(title, justify="left" if title in ("arm", "outcomes") else "right")
+    drawn.add_column("arm", no_wrap=True)
+    for title in ("runs", "outcomes", "harm at end", "help gain", "learning retained"):
+        drawn.add_column(title, justify="left" if title == "outcomes" else "right")
     drawn.add_column("exit at round")
     drawn.add_column("holds")
     for row in table["arms"]:
@@ -137,4 +138,6 @@ def print_table(table: dict[str, Any]) -> None:
         holds = {True: "yes", False: "no", None: "-"}[row["holds"]]
         cells = [row["arm"], str(row["runs"]), ", ".join(counts), *map(number, figures)]
         drawn.add_row(*map(Text, [*cells, exits, holds]))
-    Console().print(drawn)
+    console = Console()
+    console.width = max(console.width, 110) if not console.is_terminal else console.width
+    console.print(drawn)
