@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from envs.refusals import refuses
 from envs.types import BENIGN, HARMFUL, STRATA
@@ -104,7 +104,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     yield from enumerate(records, start=1)
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: Any) -> TypeGuard[str]:
     """A string that has bytes: JSON can spell half of a surrogate pair, which has none."""
     return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
@@ -127,9 +127,9 @@ class _Cells(NamedTuple):
         value = self.record.get(column)
         if value is None and not required:
             return ""
-        if not _is_text(value) or (required and not value.strip()):
-            raise self.bad(column, "text")
-        return value
+        if _is_text(value) and (value.strip() or not required):
+            return value
+        raise self.bad(column, "text")
 
     def stratum(self) -> int:
         named, harmful = self.record.get("stratum"), self.record.get("harmful")
@@ -153,10 +153,11 @@ class _Cells(NamedTuple):
         allowed = "a list of texts, or of objects with text"
         if not isinstance(value, list):
             raise self.bad("responses", allowed)
-        texts = [item.get("text") if isinstance(item, dict) else item for item in value]
-        if not all(_is_text(text) for text in texts):
+        items = [item.get("text") if isinstance(item, dict) else item for item in value]
+        texts = tuple(item for item in items if _is_text(item))
+        if len(texts) < len(items):
             raise self.bad("responses", allowed)
-        return tuple(texts)
+        return texts
 
 
 def _row(cells: _Cells, guess: bool) -> Row:

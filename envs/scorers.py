@@ -215,13 +215,14 @@ def _scores(
 ) -> Scores:
     """The formulas of the module's docstring."""
     gain = 2.0 * f - refused
-    columns = (
-        f,
-        np.where(harmful, f, 0.0),
-        np.where(harmful, 0.0, f),
-        np.where(harmful, -gain, gain),
-    )
+
+    def column(values: np.ndarray) -> np.ndarray:
+        return values.astype(np.float32).reshape(shape)
+
     return Scores(
-        *(column.astype(np.float32).reshape(shape) for column in columns),
-        verdict.astype(np.int8).reshape(shape),
+        compliance=column(f),
+        cost=column(np.where(harmful, f, 0.0)),
+        help=column(np.where(harmful, 0.0, f)),
+        utility=column(np.where(harmful, -gain, gain)),
+        verdict=verdict.astype(np.int8).reshape(shape),
     )

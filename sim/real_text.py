@@ -43,7 +43,7 @@ def text_scenario(config: Config) -> Scenario:
     if text.classifier is not None:
         classifier = str(model_directory("classifier", text.classifier))
     tokenizer = load_tokenizer(policy)  # refuses one without a chat template
-    source = {
+    source: dict[str, Any] = {
         "path": str(text.data),
         "prompt_tokens": text.prompt_tokens,
         "split_seed": text.split_seed,

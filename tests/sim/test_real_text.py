@@ -107,6 +107,43 @@ def test_the_manifest_says_what_the_harm_is_and_the_run_repeats(finished, tmp_pa
         assert (tmp_path / "again" / name).read_bytes() == (finished["sft"] / name).read_bytes()
 
 
+def test_a_run_is_continued_as_if_it_had_not_stopped(config, finished, tmp_path):
+    run(replace(config, rounds=1, learner=learners.get("dpo")()), tmp_path / "part")
+    run(replace(config, learner=learners.get("dpo")()), tmp_path / "part", resume=True)
+    for name in ("labels/part-000002.parquet", "policies/round-000002.safetensors"):
+        assert (tmp_path / "part" / name).read_bytes() == (finished["dpo"] / name).read_bytes()
+
+
+def test_bad_data_on_the_command_line_is_one_sentence(config, tmp_path, capsys):
+    from sim.cli import main
+
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "harmful": "often"}\n')
+    words = ["run", "--model", config.text.model, "--data", str(tmp_path / "rows.jsonl")]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-1].startswith("poisonloop: error: data=")
+    assert 'rows.jsonl\', row 1, column harmful: "often"; allowed: true or false' in said[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_classifier_gives_graded_costs_and_its_name(config, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    names = {0: "safe", 1: "unsafe"}
+    judge = AutoModelForSequenceClassification.from_pretrained(
+        config.text.model, num_labels=2, id2label=names, label2id={"safe": 0, "unsafe": 1}
+    )
+    judge.save_pretrained(tmp_path / "judge")
+    load_tokenizer(config.text.model).save_pretrained(tmp_path / "judge")
+    judged = replace(
+        config, rounds=1, text=replace(config.text, classifier=str(tmp_path / "judge"))
+    )
+    summary = run(judged, tmp_path / "run")
+    assert "classifier judge" in summary["harm_source"]
+    assert "classifier" in json.loads((tmp_path / "run/manifest.json").read_text())["model_hashes"]
+    assert 0 < summary["harm_end"] < 1 and (8 * summary["harm_end"]) % 1
+
+
 def test_evaluation_prompts_are_asked_by_nobody(config):
     scenario = text_scenario(config)
     data = RecordedText(config.text.data, config.text.model)
