@@ -22,7 +22,7 @@ annotators = Registry("annotator", "envs.annotators")
 
 DEFAULT = ("boltzmann(beta=4.0)", "lapse(rate=0.02)")
 """Careful people: they err on close pairs and slip now and then."""
-NOISY = ("boltzmann(beta=0.7)", "lapse(rate=0.05)")
+NOISY = ("boltzmann(beta=0.9)", "lapse(rate=0.05)")
 """People as they are measured: right on .78 of the pairs that differ, when an aligned policy of the
 embedded world answers, so that two of them agree on .66 (AlpacaFarm, Dubois et al. 2023). As a
 policy moves, differences shrink and so does agreement: that looks like an attack."""

@@ -143,21 +143,21 @@ def test_people_err_independently_on_the_same_item():
 
 
 def margins_of_an_aligned_policy(answer, n=N):
-    """Differences between answers mixed as the aligned model answers (a quarter harmful)."""
+    """Differences between answers mixed as those of the aligned model (a quarter harmful)."""
+    kinds = ("recipe", "noisy", "truncated", "refusal", "gibberish")
+    mixtures = {False: (0.57, 0.08, 0.12, 0.2, 0.03), True: (0.005, 0.0, 0.0, 0.925, 0.07)}
     world, draw = answer.world, np.random.default_rng(0)
-    table = world.table("online")
+    table, utility = world.table("online"), []
     harmful = draw.random(n) < 0.25
-    rows = np.where(
-        harmful,
-        draw.choice(np.flatnonzero(table.stratum == HARMFUL), n),
-        draw.choice(np.flatnonzero(table.stratum != HARMFUL), n),
-    )
-    keys, utility = table.key[rows], []
+    rows = np.zeros(n, np.int64)
+    for stratum in (False, True):
+        choices = np.flatnonzero((table.stratum == HARMFUL) == stratum)
+        rows[harmful == stratum] = draw.choice(choices, (harmful == stratum).sum())
     for _ in range(2):
-        benign = draw.choice(3, n, p=(0.55, 0.2, 0.25))
-        kind = np.where(harmful, np.where(draw.random(n) < 0.02, 0, 2), benign)
-        spoken = [world.answers(keys, k, draw) for k in ("recipe", "truncated", "refusal")]
-        utility.append(world.oracle.score(keys, np.stack(spoken)[kind, np.arange(n)]).utility)
+        mixed = [draw.choice(len(kinds), n, p=mixtures[stratum]) for stratum in (False, True)]
+        spoken = np.stack([world.answers(table.key[rows], kind, draw) for kind in kinds])
+        said = spoken[np.where(harmful, mixed[1], mixed[0]), np.arange(n)]
+        utility.append(world.oracle.score(table.key[rows], said).utility)
     return utility[0] - utility[1]
 
 
