@@ -54,8 +54,12 @@ class Source:
 
 def _stack(first: PromptTable, second: PromptTable) -> PromptTable:
     assert first.ids.shape[1] == second.ids.shape[1], "tables of one source have one prompt width"
-    columns = zip(first[:-1], second[:-1], strict=True)
-    return PromptTable(*(np.concatenate(pair) for pair in columns), first.text + second.text)
+    arrays = {
+        name: np.concatenate([getattr(first, name), getattr(second, name)])
+        for name in PromptTable._fields
+        if name != "text"
+    }
+    return PromptTable(**arrays, text=first.text + second.text)
 
 
 def world_source(seed: int, harm_domains: list[str] | None) -> Source:

@@ -41,8 +41,7 @@ class View(NamedTuple):
 
     def none(self) -> View:
         """The same with no comparisons in it."""
-        columns = self._asdict().items()
-        return View(**{k: v[:0].copy() if isinstance(v, np.ndarray) else v for k, v in columns})
+        return View(self.key, self.round, *(column[:0].copy() for column in self[2:]))
 
     def draw(self, purpose: str) -> np.ndarray:
         """(N,) uniform draws in (0, 1), one per vote."""
