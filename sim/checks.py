@@ -67,7 +67,10 @@ def check_types(kind: type, values: Mapping[str, Any], path: str = "") -> None:
     """
     hints = get_type_hints(kind)
     for name, value in values.items():
-        hint = hints.get(name, Any)  # unknown fields are refused where the section is built
+        if name not in hints and name not in ("name", "spec"):  # what a learner's dict adds
+            known = ", ".join(hints)
+            raise ValueError(f"{path[:-1] or 'config'}: unknown field {name!r}; allowed: {known}")
+        hint = hints.get(name, Any)
         section = _section(hint, value)
         if section is None:
             if not _matches(value, hint):

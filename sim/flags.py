@@ -209,7 +209,8 @@ def _call_tyro(base: Config, words: list[str]) -> Config:
 def _unboxed(box: str) -> str:
     """The sentences of a drawn box, without its frame and its pointer to the help text."""
     lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()[1:]]
-    text = " ".join(line for line in lines if line and not line.startswith("For full helptext"))
+    words = [line for line in lines if re.search(r"\w", line) and "For full helptext" not in line]
+    text = " ".join(words)
     text = text.removeprefix("Error parsing Config: ")
     bad_value = re.match(r"Error parsing --(\S+): .*?('.*') Argument helptext: --\S+ (\S+)", text)
     if bad_value:

@@ -56,13 +56,7 @@ class Worker:
 def work_off(
     jobs: Sequence[Job], processes: int | None, listener: SweepListener
 ) -> dict[Path, str]:
-    """Do every job; returns what went wrong, by path.
-
-    Raises:
-        ValueError: fewer than one process.
-    """
-    if processes is not None and processes < 1:
-        raise ValueError(f"jobs={processes}; allowed: >= 1")
+    """Do every job, ``processes`` (one per core when None) at a time; failures by path."""
     failures: dict[Path, str] = {}
     waiting = deque(jobs)
     workers = [Worker() for _ in range(min(processes or os.cpu_count() or 1, len(jobs)))]

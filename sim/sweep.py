@@ -61,6 +61,8 @@ def sweep(
     from sim.scenario import make_scenario
     from sim.sweep_table import tabulate, write_table
 
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"jobs={jobs}; allowed: >= 1")
     out = Path(out)
     cells = plan(configs, out)
     for cell in cells:

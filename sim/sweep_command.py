@@ -44,7 +44,10 @@ def command(words: list[str]) -> int:
         print(USAGE.format(cores=os.cpu_count(), **lists), end="")
         return 0
     out = Path(flags.take(options, "--out") or "runs/sweep")
-    jobs = flags.whole(options, "--jobs") or os.cpu_count() or 1
+    asked = flags.whole(options, "--jobs")
+    jobs = (os.cpu_count() or 1) if asked is None else asked
+    if jobs < 1:
+        raise ValueError(f"jobs={jobs}; allowed: >= 1")
     configs = study(preset, options) if "--study" in options else grid(preset, options)
     cells = plan(configs, out)
     arms, rounds = {cell.arm for cell in cells}, {cell.config.rounds for cell in cells}
