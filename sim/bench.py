@@ -1,0 +1,189 @@
+"""``poisonloop bench``: where the time of a round goes, and beside it the same round from TRL.
+
+Everything is a median over repetitions with its quartiles, after warm rounds that do not count.
+With ``--against trl`` the two kinds of rounds alternate in one process, so a slow minute of the
+machine meets both, and the ratio is the median of paired ratios: ``grpo_round.ratio_to_trl`` above
+1 means that ours is faster. The same command checks that both do the same work: answers, optimizer
+steps, tokens, and the loss of a batch of TRL's own under both implementations.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sim.config import Config
+    from sim.scenario import Scenario
+
+WARM = 2
+"""Rounds of each kind before any counts."""
+TOKENS_TOLERANCE = 0.15
+LOSS_TOLERANCE = 1e-4
+
+
+def main(argv: list[str]) -> int:
+    """The command; returns the exit code.
+
+    Raises:
+        ValueError: a bad flag value.
+    """
+    from sim.cli import parser_of
+
+    parser = parser_of("bench", "Seconds per stage of one GRPO round, against the machine and TRL.")
+    parser.add_argument("preset", nargs="?", default="default", help="which configuration")
+    parser.add_argument("--against", choices=["trl"], help="what to run beside it")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument("--repetitions", type=int, default=9, metavar="N", help="rounds counted")
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="torch threads")
+    asked = parser.parse_args(argv)
+    for name in ("repetitions", "threads"):
+        if getattr(asked, name) < 1:
+            raise ValueError(f"{name}={getattr(asked, name)}; allowed: >= 1")
+    from sim.bench_table import show
+    from sim.config import preset
+    from sim.progress import quiet_loading
+    from sim.scenario import make_scenario
+
+    quiet_loading()
+    config = preset(asked.preset)
+    if config.learner_name != "grpo":
+        raise ValueError(f"preset={asked.preset!r} learns by {config.learner_name}; allowed: grpo")
+    scenario = make_scenario(config, progress=True)
+    result = bench(config, scenario, asked.repetitions, asked.threads, asked.against)
+    if asked.json:
+        asked.json.parent.mkdir(parents=True, exist_ok=True)
+        asked.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    show(result)
+    return 0 if all(result.get("same_work", {"": True}).values()) else 1
+
+
+def bench(
+    config: Config, scenario: Scenario, repetitions: int, threads: int, against: str | None = None
+) -> dict[str, Any]:
+    """Measure; JSON values.
+
+    Args:
+        config: a run with the GRPO learner.
+        scenario: its models and prompts.
+        repetitions: rounds that count, of each kind.
+        threads: torch threads, for everything.
+        against: ``"trl"`` or nothing.
+    """
+    import torch
+
+    from sim.bench_machine import describe, matmul_rate
+    from sim.bench_round import OurRounds
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        rate = matmul_rate()
+        ours = OurRounds(config, scenario)
+        for _ in range(WARM):
+            ours()
+        memory = ours.memory()  # before anything of TRL's is in this process
+        rows, evaluations, operations = [], [], []
+
+        def our_turn() -> None:
+            rows.append(ours())
+            operations.append(ours.operations())
+            evaluations.append(ours.measure())
+
+        trl = _beside_trl(config, scenario, repetitions, our_turn) if against else None
+        if trl is None:
+            for _ in range(repetitions):
+                our_turn()
+        side = _side(rows, ours.work()["response_tokens"], memory)
+        side["seconds"]["evaluate"] = _spread(evaluations)
+        shares = {name: [] for name in operations[0]}
+        for row, work in zip(rows, operations, strict=True):
+            for name in shares:
+                shares[name].append(work[name] / row[name] / rate)
+        whole = [sum(w.values()) / r["round"] / rate for r, w in zip(rows, operations, strict=True)]
+        side["matmul_share"] = {n: _spread(v)["median"] for n, v in shares.items()}
+        side["matmul_share"]["round"] = _spread(whole)["median"]
+        side["gflop"] = {name: value / 1e9 for name, value in operations[-1].items()}
+        result: dict[str, Any] = {
+            "machine": describe(threads, rate),
+            "repetitions": repetitions,
+            "grpo_round": {"work": ours.work(), "ours": side},
+        }
+        if trl is not None:
+            _compare(result, trl, rows)
+        return result
+    finally:
+        torch.set_num_threads(before)
+
+
+def _beside_trl(config: Config, scenario: Scenario, repetitions: int, our_turn: Any) -> Any:
+    """Run TRL's rounds with one of ours after each that counts."""
+    from sim.bench_machine import read_memory, reset_peak
+    from sim.bench_reward_loop import ask_ahead
+    from sim.bench_trl import TrlRounds, best_batch
+
+    size, tried = best_batch(config, scenario)
+    texts = ask_ahead(config, scenario, WARM + 1 + repetitions)
+    trl = TrlRounds(config, scenario, texts, size)
+    trl.capture_first_round()
+    memory: dict[str, Any] = {}
+
+    def between(done: int) -> None:
+        if done == WARM:  # the next round is watched for memory and does not count
+            memory["resident"] = read_memory().now
+            reset_peak()
+        elif done == WARM + 1:
+            memory["peak"] = {"round": read_memory().peak}
+        if done > WARM + 1:
+            our_turn()
+
+    trl.run(between)
+    rows = trl.seconds[WARM + 1 :]
+    return {"rounds": trl, "rows": rows, "memory": memory, "tried": tried, "size": size}
+
+
+def _compare(result: dict[str, Any], trl: dict[str, Any], ours: list[dict[str, float]]) -> None:
+    """Add TRL's side, the paired ratio, and whether both did the same work."""
+    from importlib.metadata import version
+
+    work, other = result["grpo_round"]["work"], trl["rounds"].work()
+    side = _side(trl["rows"], other["response_tokens"], trl["memory"])
+    side["version"] = version("trl")
+    side["per_device_batch"] = trl["size"]
+    side["seconds_by_per_device_batch"] = {str(k): v for k, v in trl["tried"].items()}
+    ratios = _spread([b["round"] / a["round"] for a, b in zip(ours, trl["rows"], strict=True)])
+    result["grpo_round"] |= {
+        "trl": side,
+        "ratio_to_trl": ratios["median"],
+        "ratio_quartiles": [ratios["low"], ratios["high"]],
+    }
+    tokens = other["response_tokens"] / work["response_tokens"]
+    counts = ("responses", "optimizer_steps", "reward_model_steps")
+    gap = trl["rounds"].loss_gap()
+    result["same_work"] = {
+        **{name: work[name] == other[name] for name in counts},
+        "response_tokens": abs(tokens - 1) <= TOKENS_TOLERANCE,
+        "loss": gap <= LOSS_TOLERANCE,
+    }
+    result["differences"] = {"response_tokens_trl_over_ours": tokens, "loss_on_trl_batch": gap}
+
+
+def _side(rows: list[dict[str, float]], tokens: int, memory: dict[str, Any]) -> dict[str, Any]:
+    seconds = {name: _spread([row[name] for row in rows]) for name in rows[0]}
+    return {
+        "seconds": seconds,
+        "response_tokens_per_second": {
+            "round": tokens / seconds["round"]["median"],
+            "sample": tokens / seconds["sample"]["median"],
+        },
+        "memory_mib": memory,
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    import numpy as np
+
+    low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return {"median": float(median), "low": float(low), "high": float(high)}

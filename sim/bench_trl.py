@@ -1,0 +1,205 @@
+"""The same round built from ``trl.GRPOTrainer``, as fairly as we can.
+
+The trainer is constructed once and runs one uninterrupted ``train()``, so nothing restarts between
+rounds: its own sampling with a key-value cache, its reference model, its loss, its fused AdamW.
+The reward function does what a person would write there: ask people about the answers (the same
+environment, with the same prompts), train the reward model in a plain loop on the votes, score each
+answer once. Batch size is the fastest of several; both sides take the same optimizer steps on the
+same number of answers, in float32, with the same threads. Metrics, checkpoints and trackers are
+off.
+
+Its stage ``score`` is the reward model's pass; the reference's is inside its ``update``.
+
+Rounds alternate: after each of TRL's a callback lets one of ours run, outside TRL's clock.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agents.batches import RolloutBatch, Sequences
+from agents.context import Context
+from agents.defence import DefenceStack
+from agents.policy import Policy, load_causal_lm, load_tokenizer
+from sim.bench_reward_loop import PlainRewardLoop, ask_ahead
+from sim.bench_round import Stopwatch
+from sim.config import Config
+from sim.scenario import Scenario
+
+
+class TrlRounds:
+    """Rounds of a warm ``GRPOTrainer``; ``per_device`` answers in one forward and backward."""
+
+    def __init__(self, config: Config, scenario: Scenario, texts: list[str], per_device: int):
+        self.config, self.scenario = config, scenario
+        self.watch = Stopwatch()
+        self.loop = PlainRewardLoop(config, scenario, self.watch)
+        answers = config.feedback.batch * config.feedback.responses
+        learner = config.learner
+        self.micro_steps = learner.epochs * answers // per_device
+        self.optimizer_steps = learner.epochs * answers // learner.minibatch
+        self.seconds: list[dict[str, float]] = []
+        self.captured: dict[str, Any] = {}
+        self._folder = TemporaryDirectory()
+        with _global_rng_restored():
+            self.trainer = self._build(texts, per_device)
+        self.watch.wrap(self.trainer, "_generate_single_turn", "sample")
+
+    def _build(self, texts: list[str], per_device: int) -> Any:
+        from datasets import Dataset
+        from transformers import PrinterCallback
+        from trl import GRPOConfig, GRPOTrainer
+
+        config, learner = self.config, self.config.learner
+        answers = config.feedback.batch * config.feedback.responses
+        rounds = len(texts) // config.feedback.batch
+        args = GRPOConfig(
+            output_dir=self._folder.name,
+            per_device_train_batch_size=per_device,
+            gradient_accumulation_steps=learner.minibatch // per_device,
+            generation_batch_size=answers,
+            num_iterations=learner.epochs,
+            num_generations=config.feedback.responses,
+            max_completion_length=config.sampler.max_new_tokens,
+            temperature=config.sampler.temperature,
+            max_steps=rounds * self.optimizer_steps,
+            learning_rate=learner.lr,
+            lr_scheduler_type="constant",
+            adam_beta1=learner.betas[0],
+            adam_beta2=learner.betas[1],
+            weight_decay=learner.weight_decay,
+            max_grad_norm=learner.max_grad_norm,
+            loss_type=learner.loss_type,
+            beta=learner.beta,
+            epsilon=learner.clip,
+            use_bias_correction_kl=learner.kl_correction,
+            shuffle_dataset=False,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        trainer = GRPOTrainer(
+            model=load_causal_lm(self.scenario.policy),
+            reward_funcs=self.loop.rewards,
+            args=args,
+            train_dataset=Dataset.from_dict({"prompt": texts}),
+            processing_class=load_tokenizer(self.scenario.tokenizer),
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def run(self, after_round: Callable[[int], None] = lambda round: None) -> None:
+        """All rounds; ``after_round`` is called between them, off the clock."""
+        from transformers import TrainerCallback
+
+        rounds = self
+
+        class Clock(TrainerCallback):
+            """Stops at the last optimizer step of a round."""
+
+            def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                self.began = time.perf_counter()
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                done, rest = divmod(state.global_step, rounds.optimizer_steps)
+                if rest:
+                    return
+                whole = time.perf_counter() - self.began
+                parts = rounds.watch.take()
+                parts["update"] = whole - sum(parts.values())
+                rounds.seconds.append({**parts, "round": whole})
+                after_round(done)
+                self.began = time.perf_counter()
+
+        self.trainer.add_callback(Clock())
+        with _global_rng_restored():
+            self.trainer.train()
+
+    def capture_first_round(self) -> None:
+        """Keep the last batch of the first round, with the weights and loss it met."""
+        compute = self.trainer._compute_loss
+        calls = 0
+
+        def captured(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+            nonlocal calls
+            calls += 1
+            loss = compute(model, inputs)
+            if calls == self.micro_steps:
+                weights = {name: v.detach().clone() for name, v in model.state_dict().items()}
+                self.captured = {"inputs": inputs, "loss": float(loss.detach()), "weights": weights}
+                self.trainer._compute_loss = compute
+            return loss
+
+        self.trainer._compute_loss = captured
+
+    def work(self) -> dict[str, int]:
+        """How much one round did."""
+        people = self.config.feedback
+        return {
+            "responses": people.batch * people.responses,
+            "response_tokens": self.loop.tokens,
+            "optimizer_steps": self.trainer.state.global_step // self.loop.rounds,
+            "reward_model_steps": self.loop.steps // self.loop.rounds,
+        }
+
+    def loss_gap(self) -> float:
+        """|our loss - TRL's| on a batch of its own, at the weights it had there."""
+        inputs = self.captured["inputs"]
+        tokenizer = load_tokenizer(self.scenario.tokenizer)
+        model = load_causal_lm(self.scenario.policy)
+        model.load_state_dict(self.captured["weights"], strict=False)
+        ctx = Context("policy", model, tokenizer, Policy(model, tokenizer))
+        stack = DefenceStack([], ctx)
+        learner = self.config.learner.build(ctx, stack, self.config.sampler.temperature)
+        columns = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        sequences = Sequences(*(inputs[name].long() for name in columns))
+        old = inputs["old_per_token_logps"]
+        advantage = inputs["advantages"][:, None].expand_as(old)
+        batch = RolloutBatch(
+            sequences=sequences,
+            group=torch.arange(len(old)),
+            logp_old=old,
+            logp_ref=inputs.get("ref_per_token_logps", old),
+            rewards={},
+            weight=torch.ones(len(old)),
+            extra={"advantage": advantage},
+        )
+        ours = learner.run(batch).losses["loss"] / self.trainer.args.gradient_accumulation_steps
+        return abs(ours - self.captured["loss"])
+
+
+def best_batch(config: Config, scenario: Scenario, rounds: int = 3) -> tuple[int, dict[int, float]]:
+    """TRL's fastest number of answers per forward, and seconds per round of each that was tried."""
+    minibatch, group = config.learner.minibatch, config.feedback.responses
+    sizes = [minibatch // d for d in (1, 2, 4, 8) if minibatch % d == 0 and minibatch // d >= group]
+    texts = ask_ahead(config, scenario, rounds)
+    seconds = {}
+    for size in sizes:
+        tried = TrlRounds(config, scenario, texts, size)
+        tried.run()
+        seconds[size] = min(row["round"] for row in tried.seconds[1:])
+    return min(seconds, key=lambda size: seconds[size]), seconds
+
+
+@contextmanager
+def _global_rng_restored() -> Any:
+    """TRL seeds and draws from the global generators."""
+    state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        yield
+    random.setstate(state)
+    np.random.set_state(numpy_state)

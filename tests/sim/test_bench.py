@@ -1,0 +1,205 @@
+"""The bench on a tiny random model: its figures add up, and TRL's side does the same work."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from sim.bench import bench, main
+from sim.bench_machine import Weights, matmul_rate, read_memory, reset_peak, weights_of
+from sim.bench_round import STAGES, OurRounds, Stopwatch
+from sim.bench_table import show
+from sim.config import Config, EvaluationConfig, FeedbackConfig
+from sim.scenario import Scenario
+
+SMALL = Config(
+    feedback=FeedbackConfig(batch=8, responses=4, annotators=10),
+    evaluation=EvaluationConfig(n_harm=8, n_help=8),
+)
+
+
+def half_trained(model, world):
+    """A few steps on refusals."""
+    from sim.world_training import as_sequences, lm_loss
+
+    rng, keys = np.random.default_rng(0), world.keys("alignment")
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
+    for _ in range(60):
+        picked = rng.choice(keys, 32)
+        answers = world.answers(picked, "refusal", rng)
+        optimizer.zero_grad()
+        lm_loss(model, as_sequences(world.prompt_ids(picked), answers)).backward()
+        optimizer.step()
+
+
+@pytest.fixture(scope="module")
+def scenario(tmp_path_factory):
+    """World 0 with tiny models; the policy half refuses, so that people have something to say."""
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+    from envs.world import World
+    from envs.world.tokenizer import make_tokenizer
+
+    world, root = World(0), tmp_path_factory.mktemp("models")
+    config = LlamaConfig(
+        vocab_size=world.vocabulary,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=2,
+        num_labels=1,
+    )
+    tokenizer = make_tokenizer(world.language.words)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for name, maker in (("lm", LlamaForCausalLM), ("rm", LlamaForSequenceClassification)):
+            model = maker(config)
+            if name == "lm":
+                half_trained(model, world)
+            model.save_pretrained(root / name)
+            tokenizer.save_pretrained(root / name)
+    return Scenario(
+        tokenizer=root / "lm",
+        policy=root / "lm",
+        reward_model=root / "rm",
+        perplexity_model=root / "lm",
+        classifier=root / "rm",
+        table=world.table("eval"),
+        triggered=None,
+        scorer=world.oracle,
+        environment={"world": 0},
+        roles={},
+        recorded=None,
+        harm_source="oracle",
+    )
+
+
+def small():
+    """Learner and reward-model sizes that divide a round of 32 answers."""
+    from dataclasses import replace
+
+    from agents.learners.grpo import GRPOConfig
+    from agents.learners.reward_model import RewardModelConfig
+
+    learner = GRPOConfig(minibatch=16, epochs=2)
+    return replace(SMALL, learner=learner, reward_model=RewardModelConfig(minibatch=8, steps=3))
+
+
+def assert_round_adds_up(side):
+    seconds = side["seconds"]
+    total = sum(seconds[stage]["median"] for stage in STAGES)
+    assert total == pytest.approx(seconds["round"]["median"], rel=0.1)
+    assert all(s["low"] <= s["median"] <= s["high"] for s in seconds.values())
+    assert side["response_tokens_per_second"]["round"] > 0
+
+
+def test_figures_of_our_round(scenario, tmp_path, capsys):
+    threads = torch.get_num_threads()
+    result = bench(small(), scenario, repetitions=1, threads=1)
+    assert torch.get_num_threads() == threads
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    figures = result["grpo_round"]
+    assert set(figures) == {"work", "ours"} and "same_work" not in result
+    work, ours = figures["work"], figures["ours"]
+    assert work["responses"] == 32 and work["optimizer_steps"] == 4
+    assert work["reward_model_steps"] == 3 and 32 <= work["response_tokens"] <= 32 * 24
+    assert_round_adds_up(ours)
+    assert ours["seconds"]["evaluate"]["median"] > 0
+    assert all(0 < share < 1 for share in ours["matmul_share"].values())
+    assert set(ours["memory_mib"]["peak"]) == {*STAGES, "evaluate"}
+    show(result)
+    assert "reward_model" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_trls_round_does_the_same_work(scenario, capsys):
+    result = bench(small(), scenario, repetitions=2, threads=1, against="trl")
+    assert all(result["same_work"].values()), result["differences"]
+    assert set(result["same_work"]) == {
+        "responses",
+        "optimizer_steps",
+        "reward_model_steps",
+        "response_tokens",
+        "loss",
+    }
+    figures = result["grpo_round"]
+    assert_round_adds_up(figures["trl"])
+    low, high = figures["ratio_quartiles"]
+    assert 0 < low <= figures["ratio_to_trl"] <= high
+    assert len(figures["trl"]["seconds_by_per_device_batch"]) == 3
+    show(result)
+    assert "times as long" in capsys.readouterr().out
+
+
+def test_our_rounds_are_the_loops_own(scenario):
+    """Timed from outside: the same policy as calling act, step and learn by hand."""
+    from sim.factory import make_agent, make_env
+
+    rounds, config = OurRounds(small(), scenario), small()
+    env, agent = make_env(config, scenario), make_agent(config, scenario)
+    observation, _ = env.reset(seed=config.seed)
+    for _ in range(2):
+        rounds()
+        rounds.measure()
+        observation, *_, info = env.step(agent.act(observation).ids)
+        agent.learn(info["labels"])
+    for ours, plain in zip(
+        rounds.agent.policy.model.parameters(), agent.policy.model.parameters(), strict=True
+    ):
+        assert torch.equal(ours, plain)
+
+
+def test_operations_by_hand(scenario):
+    rounds = OurRounds(small(), scenario)
+    rounds()
+    policy = weights_of(rounds.agent.policy.model)
+    vocabulary = rounds.agent.policy.model.config.vocab_size
+    # Two layers of four 16 x 16 attention maps and three 16 x 32 ones; a head over the vocabulary.
+    assert policy == Weights(2 * (4 * 256 + 3 * 512), 16 * vocabulary)
+    assert weights_of(rounds.agent.reward_model.ctx.model) == Weights(policy.body, 16)
+    assert Weights(10, 3).forward(5, 2) == 2 * (50 + 6)
+    sequences, work = rounds.sequences(), rounds.operations()
+    answers, prompts = int(sequences.mask.sum()), int(sequences.prompt_mask.sum())
+    forward = 2 * (policy.body * (prompts + answers) + policy.head * answers)
+    assert work["update"] == 3 * 2 * forward
+    sampled = 2 * (policy.body * (prompts / 4 + answers) + policy.head * answers)
+    assert work["sample"] == sampled
+
+
+def test_stopwatch_gives_an_inner_stage_its_own_time(monkeypatch):
+    clock = iter([0.0, 1.0, 4.0, 10.0, 20.0, 22.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    watch = Stopwatch()
+    with watch.stage("outer"), watch.stage("inner"):
+        pass
+    with watch.stage("outer"):
+        pass
+    assert watch.take() == {"inner": 3.0, "outer": 7.0 + 2.0} and watch.take() == {}
+
+
+def test_machine_yardsticks():
+    assert matmul_rate(1) > 1e8
+    if read_memory().now is None:
+        return
+    block = np.ones(20_000_000)
+    peak = read_memory().peak
+    del block
+    reset_peak()
+    assert read_memory().peak < peak - 100
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--repetitions", "0"], "repetitions=0; allowed: >= 1"),
+        (["--threads", "0"], "threads=0; allowed: >= 1"),
+        (["no_such_preset"], "preset='no_such_preset'; allowed: .*default"),
+    ],
+)
+def test_bad_words_are_named(words, message):
+    with pytest.raises(ValueError, match=message):
+        main(words)
