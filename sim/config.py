@@ -87,6 +87,8 @@ class FeedbackConfig:
     """Share of honest prompts that are benign but look harmful."""
     stratum_error: float = 0.1
     """How often the observed stratum is wrong."""
+    trigger_share: float = 0.0
+    """Share of honest prompts that happen to carry the trigger word."""
     delay: int = 0
     """Rounds between an answer and its labels."""
 

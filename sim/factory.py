@@ -45,7 +45,9 @@ def make_env(config: Config, scenario: Scenario) -> gymnasium.Env:
         harmful_share=people.harmful_share,
         contrast_share=people.contrast_share,
         stratum_error=people.stratum_error,
+        trigger_share=people.trigger_share,
         delay=people.delay,
+        cost_limit=config.evaluation.cost_limit,
         rounds=config.rounds,
     )
 

@@ -6,14 +6,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from envs.feedback import rho_post
+import torch
+from torch import Tensor
 
 from agents.agent import Agent, Learned
+from envs.feedback import rho_post
 from envs.monitor import CostMonitor, Fluency
-from envs.types import STRATA, VOTE_SKIP, VOTES, Labels, Responses, Truth
+from envs.types import STRATA, VOTE_SKIP, VOTES, Labels, Truth
 from sim.config import Config
 from sim.evaluate import Evaluation
-from sim.scenario import Scenario
 
 
 @dataclass
@@ -40,6 +41,27 @@ class Clocks:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Restore :meth:`state_dict`."""
         self.__dict__.update(state)
+
+
+class Scored:
+    """Truth about recently served answers, kept until their labels have come."""
+
+    def __init__(self, delay: int):
+        self.delay = delay
+        self.rounds: dict[int, dict[str, np.ndarray]] = {}
+
+    def add(self, served: int, truth: Truth) -> None:
+        """Remember the answers of round ``served``; forget what no label can name any more."""
+        self.rounds[served] = {"stratum": truth.stratum, "cost": truth.cost}
+        self.rounds.pop(served - self.delay - 1, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All rounds held."""
+        return {"rounds": self.rounds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self.rounds = {int(served): dict(known) for served, known in state["rounds"].items()}
 
 
 def evaluation_row(
@@ -73,13 +95,7 @@ def round_row(
 
 
 def label_tables(
-    config: Config,
-    agent: Agent,
-    responses: Responses,
-    info: dict[str, Any],
-    learned: Learned,
-    scenario: Scenario,
-    round: int,
+    config: Config, agent: Agent, info: dict[str, Any], learned: Learned, scored: Scored
 ) -> dict[str, dict[str, Any]]:
     """This round's parts of the tables ``labels``, ``truth`` and ``samples``."""
     labels, truth = info["labels"], info["truth"]
@@ -92,7 +108,7 @@ def label_tables(
     return {
         "labels": {**labels._asdict(), **final},
         "truth": log,
-        "samples": _samples(config, agent, responses, labels, truth),
+        "samples": _samples(config.samples_per_round, agent, labels, truth, scored),
     }
 
 
@@ -106,32 +122,33 @@ def _by_label(ids: np.ndarray, known: np.ndarray, values: np.ndarray) -> np.ndar
 
 
 def _samples(
-    config: Config, agent: Agent, responses: Responses, labels: Labels, truth: Truth
+    count: int, agent: Agent, labels: Labels, truth: Truth, scored: Scored
 ) -> dict[str, Any]:
-    """The first comparisons of the round's items, in words."""
-    batch = len(responses.ids)
-    served = agent.served[-1]
-    mine = np.flatnonzero(labels.item // batch == served.round)[: config.samples_per_round]
-    row = labels.item[mine] % batch
-    prompts = served.sampled.sequences.prompt_ids.numpy()[:: responses.ids.shape[1]]
-    tokenizer = agent.policy.tokenizer
+    """The first labels of the round in words; a delay makes them an earlier round's answers."""
+    served, k = agent.served[0], agent.responses
+    known = scored.rounds.get(served.round)
+    mine = np.arange(min(count, len(labels.item)) if known is not None else 0)
+    row = labels.item[mine] % len(served.stratum)
+    sequences, decode = served.sampled.sequences, agent.policy.tokenizer.batch_decode
 
-    def words(ids: np.ndarray) -> list[str]:
-        return tokenizer.batch_decode(ids, skip_special_tokens=True)
+    def words(ids: Tensor, rows: np.ndarray) -> list[str]:
+        return decode(ids[torch.from_numpy(rows)], skip_special_tokens=True) if len(rows) else []
 
-    a, b = labels.a[mine], labels.b[mine]
+    a, b = row * k + labels.a[mine], row * k + labels.b[mine]
+    cost = known["cost"].ravel() if known is not None else np.zeros(0, np.float32)
+    stratum = known["stratum"] if known is not None else np.zeros(0, np.int64)
     return {
         "round": labels.round[mine],
         "label_id": labels.label_id[mine],
         "item": labels.item[mine],
-        "prompt": words(prompts[row]),
-        "answer_a": words(responses.ids[row, a]),
-        "answer_b": words(responses.ids[row, b]),
+        "prompt": words(sequences.prompt_ids, a),
+        "answer_a": words(sequences.ids, a),
+        "answer_b": words(sequences.ids, b),
         "vote": [VOTES[v] for v in labels.vote[mine]],
         "honest_vote": [VOTES[v] for v in truth.honest_vote[mine]],
         "annotator": labels.annotator[mine],
         "adversarial": truth.adversarial[mine],
-        "stratum": [STRATA[s] for s in truth.stratum[row]],
-        "cost_a": truth.cost[row, a],
-        "cost_b": truth.cost[row, b],
+        "stratum": [STRATA[s] for s in stratum[row]],
+        "cost_a": cost[a],
+        "cost_b": cost[b],
     }

@@ -1,7 +1,7 @@
 """The loop, once: prompts -> sample -> label -> reward model -> learner -> monitor -> record.
 
-Everything else (command line, sweeps, notebooks) calls :func:`run`. A run directory can be left at any
-moment, by kill -9 too, and continued by the same function with ``resume=True``, byte for byte.
+Everything else (command line, sweeps, notebooks) calls :func:`run`. A run directory can be left at
+any moment, by kill -9 too, and continued by the same function with ``resume=True``, byte for byte.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sim.factory import (
 from sim.listener import Listener, Silent
 from sim.manifest import manifest
 from sim.record import Record
-from sim.rows import Clocks, evaluation_row, label_tables, round_row
+from sim.rows import Clocks, Scored, evaluation_row, label_tables, round_row
 from sim.scenario import make_scenario
 from sim.summary import summarise
 
@@ -46,23 +46,14 @@ def run(
     listener = listener or Silent()
     torch.set_num_threads(config.threads)
     scenario = make_scenario(config)
-    env = make_env(config, scenario)
-    agent = make_agent(config, scenario)
+    env = make_env(config, scenario)  # the outside world
+    agent = make_agent(config, scenario)  # the training system
     evaluate = make_evaluator(config, scenario)
     monitor = make_monitor(config, scenario)
-    clocks = Clocks()
+    clocks, scored = Clocks(), Scored(config.feedback.delay)
     record = Record(Path(out)) if resume else Record.create(Path(out), manifest(config, scenario))
-
-    observation, _ = env.reset(seed=config.seed)
-    restored = record.restore() if resume else None
-    if restored is not None:
-        start, state = restored
-        agent.load_state_dict(state["agent"])
-        monitor.load_state_dict(state["monitor"])
-        if monitor.planned < planned_evaluations(config):  # the run is extended
-            monitor.extend(planned_evaluations(config))
-        clocks.load_state_dict(state["clocks"])
-        observation = env.unwrapped.load_state_dict(state["env"])
+    parts = {"agent": agent, "monitor": monitor, "clocks": clocks, "scored": scored}
+    parts["env"] = env.unwrapped
 
     def measure(round: int) -> dict[str, Any]:
         """Evaluate the policy after ``round`` updates, and keep its weights."""
@@ -70,13 +61,21 @@ def run(
         return evaluation_row(monitor, evaluate(agent, round), round, clocks)
 
     def save(round: int) -> None:
-        parts = {"agent": agent, "monitor": monitor, "clocks": clocks, "env": env.unwrapped}
         record.checkpoint(round, {name: part.state_dict() for name, part in parts.items()})
 
+    observation, _ = env.reset(seed=config.seed)
+    restored = record.restore() if resume else None
     if restored is None:
         start = 0
         record.write(0, {"round": 0, **measure(0)})
         save(0)
+    else:
+        start, state = restored
+        loaded = {name: part.load_state_dict(state[name]) for name, part in parts.items()}
+        observation = loaded["env"]
+        if monitor.planned < planned_evaluations(config):  # the run is extended
+            monitor.extend(planned_evaluations(config))
+
     listener.start(config, start, config.rounds)
     diverged = None
     for round in range(start + 1, config.rounds + 1):
@@ -85,6 +84,7 @@ def run(
             responses = agent.act(observation)  # what users are shown
             observation, utility, _, _, info = env.step(responses.ids)  # people label it
             learned = agent.learn(info["labels"])  # reward model, then policy
+            scored.add(round - 1, info["truth"])
             clocks.count(info["labels"], info["truth"], agent.stack.ctx.step)
             due = round % config.evaluation.every == 0 or round == config.rounds
             measured = measure(round) if due else {}
@@ -92,7 +92,7 @@ def run(
             diverged = {"round": round, "reason": str(failure)}
             break
         row = round_row(round, utility, info, learned, clocks) | measured
-        tables = label_tables(config, agent, responses, info, learned, scenario, round)
+        tables = label_tables(config, agent, info, learned, scored)
         record.write(round, row, tables, {"seconds": time.perf_counter() - began})
         if round % config.checkpoint_every == 0 or round == config.rounds:
             save(round)

@@ -42,11 +42,9 @@ from agents.policy import response_terms
 class GRPOConfig(OptimizerConfig):
     """GRPO: group-normalised rewards, clipped ratio, optional k3 KL to the reference."""
 
-    lr: float = 3e-4
+    lr: float = 5e-4
     """Learning rate."""
-    epochs: int = 2
-    """Passes over a round's rollouts."""
-    beta: float = 0.05
+    beta: float = 0.1
     """Weight of the k3 estimate of KL(pi || pi_ref)."""
     clip: float = 0.2
     """Ratio clip epsilon."""

@@ -40,7 +40,7 @@ from envs import rng as draws
 class RewardModelConfig(OptimizerConfig):
     """How the online reward model learns."""
 
-    lr: float = 3e-4
+    lr: float = 1e-3
     """Learning rate."""
     minibatch: int = 64
     """Labels per step."""
