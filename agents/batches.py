@@ -146,16 +146,3 @@ def take(batch: Batch, index: Tensor) -> Batch:
         return value
 
     return replace(batch, **{name: rows(value) for name, value in vars(batch).items()})
-
-
-def concatenate(first: Batch, second: Batch) -> Batch:
-    """The rows of two batches of one kind; callables are the first's."""
-
-    def join(a: Any, b: Any) -> Any:
-        if isinstance(a, Tensor):
-            return torch.cat([a, b])
-        return Sequences.concatenate([a, b]) if isinstance(a, Sequences) else a
-
-    return replace(
-        first, **{name: join(value, getattr(second, name)) for name, value in vars(first).items()}
-    )

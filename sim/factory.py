@@ -83,7 +83,7 @@ def make_agent(config: Config, scenario: Scenario) -> Agent:
     reward_model = None
     if "reward_model" in models:
         reward = stacks["reward_model"]
-        reward_model = RewardModel(config.reward_model, reward.ctx, reward, scenario.recorded)
+        reward_model = RewardModel(config.reward_model, reward.ctx, reward)
     return Agent(
         policy=policy,
         sampler=sampler,

@@ -69,7 +69,6 @@ def text_scenario(config: Config) -> Scenario:
         triggered=data.triggered(table),
         scorer=scorer,
         environment={"data": source, "tokenizer": str(policy), "scorer": judge},
-        recorded=None,
         roles=text_roles(data, tokenizer, tokens),
         harm_source=_harm_source(classifier, scorer.max_perplexity),
         hashes=_hashes(policy, reward, classifier, Path(source["path"])),

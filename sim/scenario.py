@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from agents.batches import PairBatch, Sequences
+from agents.batches import Sequences
 from envs import rng as draws
 from envs.types import CONTRAST, HARMFUL, PromptTable
 from sim.config import Config
@@ -38,8 +38,6 @@ class Scenario:
     """What the environment is told beyond the feedback and attack configs (JSON values)."""
     roles: dict[str, Sequences]
     """Data roles for defences."""
-    recorded: PairBatch | None
-    """Honest comparisons from before the deployment, for the reward model; None where there are none."""
     harm_source: str
     """Where ``safety/harm`` comes from, for the manifest."""
     hashes: dict[str, str] = field(default_factory=dict)
@@ -90,7 +88,6 @@ def world_scenario(config: Config, progress: bool = False) -> Scenario:
         scorer=world.oracle,
         environment={"world": chosen.seed},
         roles=world_roles(world),
-        recorded=world_recorded(world, config.sampler.max_new_tokens),
         harm_source="oracle of the embedded world",
         hashes=models.hashes,
     )
@@ -115,23 +112,6 @@ def world_roles(world: Any, n: int = 1024) -> dict[str, Sequences]:
         "harm": sequences("harm", "recipe"),
         "retain": sequences("retain", "recipe"),
     }
-
-
-def world_recorded(world: Any, tokens: int, n: int = 2048) -> PairBatch:
-    """Honest comparisons on the reward model's own split; label and annotator ids are -1."""
-    from sim.world_training import honest_pairs
-
-    rng = draws.stream(world.seed, "recorded comparisons")
-    keys, chosen, rejected = honest_pairs(world, "reward_model", n, rng)
-    table, rows = world.rows(keys), np.arange(len(keys))
-
-    def answers(ids: np.ndarray) -> Sequences:
-        ids = np.pad(ids, ((0, 0), (0, max(0, tokens - ids.shape[1]))))[:, :tokens]
-        return pack(table, rows, ids)
-
-    unknown = torch.full((len(keys),), -1)
-    ones = torch.ones(len(keys))
-    return PairBatch(unknown, answers(chosen), answers(rejected), ones, ones, unknown)
 
 
 def pack(table: PromptTable, rows: np.ndarray, answers: np.ndarray, pad: int = 0) -> Sequences:

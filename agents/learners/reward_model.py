@@ -4,10 +4,9 @@
 
 A language model with a scalar head, on a base of its own: one that inherited a defended policy's
 representations would pass the defence's blindness off as safety. It is trained a few steps every
-round on labels drawn uniformly from the last ``window``, beside a share of recorded honest
-comparisons, the preference data that a deployment starts from. It is a learner like any other, so
-the ``feedback`` and ``backward`` hooks apply to it. In PPO and GRPO this is where poisoned
-preferences enter.
+round on labels drawn uniformly from the last ``window``; it is a learner like any other, so the
+``feedback`` and ``backward`` hooks apply to it. In PPO and GRPO this is where poisoned preferences
+enter.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agents.batches import ItemTerms, PairBatch, Sequences, concatenate, take
+from agents.batches import ItemTerms, PairBatch, Sequences
 from agents.context import Context
 from agents.defence import DefenceStack, Report
 from agents.learners.update import (
@@ -52,8 +51,6 @@ class RewardModelConfig(OptimizerConfig):
     """Labels kept for replay, newest first out last."""
     init: Literal["warm", "cold", "policy"] = "warm"
     """Own base warm-started on honest pairs, own base cold, or a copy of the policy."""
-    recorded_share: float = 0.25
-    """Share of every minibatch that comes from recorded honest comparisons, where there are any."""
     reset_every: int = 0
     """Return to the initial weights every so many rounds; 0 never."""
 
@@ -83,15 +80,8 @@ def sequence_rewards(model: nn.Module, sequences: Sequences) -> Tensor:
 class RewardModel:
     """Scores responses, and learns from labels."""
 
-    def __init__(
-        self,
-        config: RewardModelConfig,
-        ctx: Context,
-        stack: DefenceStack,
-        recorded: PairBatch | None = None,
-    ):
+    def __init__(self, config: RewardModelConfig, ctx: Context, stack: DefenceStack):
         self.config = config
-        self.recorded = recorded
         self.ctx = ctx
         self.stack = stack
         self.initial = {k: v.clone() for k, v in self._weights().items()}
@@ -106,15 +96,17 @@ class RewardModel:
         rows = torch.arange(len(sequences)).split(batch)
         return torch.cat([sequence_rewards(self.ctx.model, sequences.take(r)) for r in rows])
 
-    def learn(self, replay: Replay, number: int, seed: int) -> dict[str, float]:
-        """``config.steps`` steps in round ``number``; metrics ``reward_model/*``."""
-        if self.config.reset_every and number and number % self.config.reset_every == 0:
+    def learn(self, replay: Replay, round: int, seed: int) -> dict[str, float]:
+        """``config.steps`` steps on uniform draws from ``replay``; metrics ``reward_model/*``."""
+        if self.config.reset_every and round and round % self.config.reset_every == 0:
             self.ctx.model.load_state_dict(self.initial)
             self.ctx.optimizer = make_optimizer(self.config, self.ctx.policy_params())
         means = Means()
         usable = replay.usable()
         for step in range(self.config.steps if len(usable) else 0):
-            batch = self.stack.feedback(self._minibatch(replay, usable, draws.key(seed, step)))
+            counters = np.arange(self.config.minibatch)
+            picks = draws.uniform(draws.key(seed, "replay", step), counters) * len(usable)
+            batch = self.stack.feedback(replay.pairs(usable[picks.astype(np.int64)]))
             if not len(batch.target):
                 continue
             report = update_step(
@@ -122,21 +114,6 @@ class RewardModel:
             )
             means.add(report.losses)
         return means.result("reward_model")
-
-    def _minibatch(self, replay: Replay, usable: np.ndarray, key: int) -> PairBatch:
-        """Live labels from ``usable`` rows of the replay, and the recorded share behind them."""
-        size = self.config.minibatch
-        old = round(self.config.recorded_share * size) if self.recorded is not None else 0
-
-        def picks(name: str, n: int, among: int) -> np.ndarray:
-            u = draws.uniform(draws.key(key, name), np.arange(n))
-            return (u * among).astype(np.int64)
-
-        live = replay.pairs(usable[picks("live", size - old, len(usable))])
-        if not old:
-            return live
-        rows = torch.from_numpy(picks("recorded", old, len(self.recorded.target)))
-        return concatenate(live, take(self.recorded, rows))
 
     def run(self, batch: PairBatch) -> Report:
         """Loss and gradient of one step."""
