@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: venv demo test lint format
+.PHONY: venv demo test lint types format
 
 venv: $(VENV)/.installed
 
@@ -29,6 +29,9 @@ test: venv
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: venv
+	$(BIN)/mypy
 
 format: venv
 	$(BIN)/ruff check --fix .

@@ -43,7 +43,8 @@ def _check_embedded(config: Config, members: list[Defence]) -> None:
     from sim.factory import make_env
     from sim.scenario import world_roles
 
-    make_env(config, SimpleNamespace(environment={"world": config.world.seed})).close()
+    unbuilt: Any = SimpleNamespace(environment={"world": config.world.seed})
+    make_env(config, unbuilt).close()
     roles = world_roles(World(config.world.seed)).keys()
     for member in members:
         data = {need for need in member.needs if not need.startswith("score:")}

@@ -43,7 +43,9 @@ def read(argv: Iterable[str]) -> tuple[str | None, Options]:
     Raises:
         ValueError: a word that is neither the leading preset nor a flag's value.
     """
-    preset, options, flag = None, {}, None
+    preset: str | None = None
+    flag: str | None = None
+    options: Options = {}
     for position, word in enumerate(argv):
         if word.startswith("--") or word == "-h":
             name, equals, value = word.partition("=")

@@ -11,16 +11,29 @@ def list_components(words: list[str]) -> int:
     parser.add_argument(
         "--check-world", action="store_true", help="measure the embedded models' calibration"
     )
-    parser.add_argument("--world.seed", dest="seed", type=int, default=0, metavar="N")
-    parser.add_argument("--world.model-seed", dest="model_seed", type=int, default=0, metavar="N")
+    for name, default in (("seed", 0), ("model-seed", 0), ("foothold", 0.01)):
+        dest = "world_seed" if name == "seed" else name.replace("-", "_")
+        kind = type(default)
+        parser.add_argument(f"--world.{name}", dest=dest, type=kind, default=default, metavar="N")
     asked = parser.parse_args(words)
     if not asked.check_world:
         show()
         return 0
-    from sim.calibration import show_calibration
-
-    show_calibration(asked.seed, asked.model_seed)
+    show_calibration(asked.world_seed, asked.model_seed, asked.foothold)
     return 0
+
+
+def show_calibration(world_seed: int, model_seed: int, foothold: float) -> None:
+    """Measure one world's models and print what the design asks of them."""
+    from rich.console import Console
+
+    from sim.bootstrap import WorldModelsConfig
+    from sim.calibration import check_world, table_of
+    from sim.progress import quiet_loading
+
+    quiet_loading()
+    config = WorldModelsConfig(world_seed=world_seed, model_seed=model_seed, foothold=foothold)
+    Console().print(table_of(check_world(config)))
 
 
 def components() -> dict[str, dict[str, str]]:

@@ -65,11 +65,11 @@ def work_off(
             for worker in workers:
                 if worker.job is None and waiting:
                     worker.give(waiting.popleft())
-            busy = {worker.pipe: worker for worker in workers if worker.job}
+            busy = [worker for worker in workers if worker.job]
             if not busy:
                 return failures
-            for pipe in wait_for(list(busy)):
-                worker = busy[pipe]
+            ready = wait_for([worker.pipe for worker in busy])
+            for worker in (w for w in busy if w.pipe in ready):
                 job, failure = worker.job, _hear(worker, listener)
                 if failure and job:
                     failures[job.path] = failure

@@ -15,7 +15,7 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def models() -> Any:
+def embedded_models() -> Any:
     """The embedded models of world 0, from the cache or built now; tests mark ``world`` with it."""
     from sim.bootstrap import build
 

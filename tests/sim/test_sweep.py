@@ -188,7 +188,7 @@ def test_failures_and_deaths_do_not_stop_a_sweep(tmp_path: Path) -> None:
 
 
 @pytest.mark.world
-def test_a_small_sweep_for_real(models: Any, tmp_path: Path, capsys: Any) -> None:
+def test_a_small_sweep_for_real(embedded_models: Any, tmp_path: Path, capsys: Any) -> None:
     words = (
         "sweep smoke --rho 0 .4 --rounds 1 --evaluation.n-harm 16 --evaluation.n-help 16"
         f" --feedback.batch 16 --jobs 2 --out {tmp_path}/s"
