@@ -24,7 +24,7 @@ def list_components(words: list[str]) -> int:
 
 
 def show_calibration(world_seed: int, model_seed: int, foothold: float) -> None:
-    """Measure one world's models and print what the design asks of them."""
+    """Measure one world's models, which are built when missing, and print the figures."""
     from rich.console import Console
 
     from sim.bootstrap import WorldModelsConfig

@@ -73,7 +73,7 @@ class BarProgress(Listener):
     def __init__(self) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.bar = Progress(
+        self.bar: Any = Progress(
             TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=16),
             TimeRemainingColumn(compact=True),

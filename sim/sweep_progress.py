@@ -66,7 +66,7 @@ class BarSweep(PlainSweep):
 
         from sim.progress import text_column
 
-        self.bar = Progress(
+        self.bar: Any = Progress(
             text_column(lambda task: (task.fields["name"], "bold")),
             BarColumn(bar_width=16),
             TimeRemainingColumn(compact=True),
