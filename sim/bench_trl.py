@@ -29,7 +29,7 @@ from torch import Tensor
 from agents.batches import RolloutBatch, Sequences
 from agents.context import Context
 from agents.defence import DefenceStack
-from agents.policy import Policy, load_causal_lm, load_tokenizer
+from agents.policy import Policy, load_causal_lm, load_tokenizer, response_logprobs
 from sim.bench_reward_loop import PlainRewardLoop, ask_ahead
 from sim.bench_round import Stopwatch
 from sim.config import Config
@@ -167,13 +167,15 @@ class TrlRounds:
         learner = self.config.learner.build(ctx, stack, self.config.sampler.temperature)
         columns = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
         sequences = Sequences(*(inputs[name].long() for name in columns))
-        old = inputs["old_per_token_logps"]
+        old = inputs.get("old_per_token_logps")
+        if old is None:  # TRL leaves it out where one step uses each answer once
+            old = response_logprobs(model, sequences, self.config.sampler.temperature)
         advantage = inputs["advantages"][:, None].expand_as(old)
         batch = RolloutBatch(
             sequences=sequences,
             group=torch.arange(len(old)),
             logp_old=old,
-            logp_ref=inputs.get("ref_per_token_logps", old),
+            logp_ref=inputs["ref_per_token_logps"] if learner.config.beta else old,
             rewards={},
             weight=torch.ones(len(old)),
             extra={"advantage": advantage},

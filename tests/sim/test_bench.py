@@ -73,7 +73,6 @@ def scenario(tmp_path_factory):
         scorer=world.oracle,
         environment={"world": 0},
         roles={},
-        recorded=None,
         harm_source="oracle",
     )
 
