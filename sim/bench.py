@@ -97,7 +97,7 @@ def bench(
                 our_turn()
         side = _side(rows, ours.work()["response_tokens"], memory)
         side["seconds"]["evaluate"] = _spread(evaluations)
-        shares = {name: [] for name in operations[0]}
+        shares: dict[str, list[float]] = {name: [] for name in operations[0]}
         for row, work in zip(rows, operations, strict=True):
             for name in shares:
                 shares[name].append(work[name] / row[name] / rate)

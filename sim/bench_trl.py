@@ -29,6 +29,7 @@ from torch import Tensor
 from agents.batches import RolloutBatch, Sequences
 from agents.context import Context
 from agents.defence import DefenceStack
+from agents.learners import grpo
 from agents.policy import Policy, load_causal_lm, load_tokenizer, response_logprobs
 from sim.bench_reward_loop import PlainRewardLoop, ask_ahead
 from sim.bench_round import Stopwatch
@@ -60,6 +61,7 @@ class TrlRounds:
         from trl import GRPOConfig, GRPOTrainer
 
         config, learner = self.config, self.config.learner
+        assert isinstance(learner, grpo.GRPOConfig), "TRL has no PPO"
         answers = config.feedback.batch * config.feedback.responses
         rounds = len(texts) // config.feedback.batch
         args = GRPOConfig(
@@ -164,6 +166,7 @@ class TrlRounds:
         model.load_state_dict(self.captured["weights"], strict=False)
         ctx = Context("policy", model, tokenizer, Policy(model, tokenizer))
         stack = DefenceStack([], ctx)
+        assert isinstance(self.config.learner, grpo.GRPOConfig)
         learner = self.config.learner.build(ctx, stack, self.config.sampler.temperature)
         columns = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
         sequences = Sequences(*(inputs[name].long() for name in columns))
