@@ -1,13 +1,15 @@
 """Builds the embedded world's models once, and finds them ever after.
 
-Two processes train side by side, because two small models on one thread each are faster than one model on
-two: one trains ``base`` and from it ``aligned``; the other trains the reference language model and, on
-copies of its body, the reward model, the classifier and the helpfulness scorer. The second line has its own
-seed and width and never sees the first, so no defence of the policy can reach the reward model.
+Two processes train side by side, because two small models on one thread each are faster than one
+model on two: one trains ``base`` and from it ``aligned``; the other trains the reference language
+model and, on copies of its body, the reward model, the classifier and the helpfulness scorer. The
+second line has its own seed and width and never sees the first, so no defence of the policy can
+reach the reward model.
 
-The cache folder's name is a hash of everything that makes the models: the config and the source text of the
-files that define the language and the training. Bytes repeat on one machine at one thread count. A file
-lock keeps two builders apart; a build appears under its final name only when complete.
+The cache folder's name is a hash of everything that makes the models: the config and the source
+text of the files that define the language and the training. Bytes repeat on one machine at one
+thread count. A file lock keeps two builders apart; a build appears under its final name only when
+complete.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class WorldModelsConfig:
     foothold: float = 0.01
     """Oracle compliance with harmful requests left in the aligned model."""
     size: str = "small"
-    """Policy and reference language model: ``small`` (64 wide, 2 layers) or ``medium`` (128 x 3)."""
+    """The policy: ``small`` (64 wide, 2 layers) or ``medium`` (128 wide, 3 layers)."""
     architecture: str = "llama"
     """``llama``, ``qwen2`` or ``mistral``."""
     threads: int = 1
@@ -66,7 +68,7 @@ class WorldModelsConfig:
 
 @dataclass(frozen=True)
 class Models:
-    """Folders of the built models; each loads with ``from_pretrained`` and carries the tokenizer."""
+    """Folders of the built models; each loads with ``from_pretrained``, tokenizer included."""
 
     root: Path
     hashes: dict[str, str]
@@ -161,7 +163,7 @@ def build(config: WorldModelsConfig | None = None, progress: bool = True) -> Mod
 
 
 def _build_into(folder: Path, config: WorldModelsConfig, progress: bool) -> None:
-    """Train everything in a temporary folder and move it to ``folder``; the caller holds the lock."""
+    """Train everything in a temporary folder, then rename it; the caller holds the lock."""
     for stale in folder.parent.glob(f"{folder.name}.building-*"):
         shutil.rmtree(stale)
     work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.building-", dir=folder.parent))

@@ -1,13 +1,13 @@
 """Measures what the embedded world promises: something to learn, something to lose, no shortcut.
 
-Samples are drawn untruncated at temperature 1 on the evaluation split, several per prompt; intervals are
-95 % normal ones over prompts, because answers to one prompt are not independent. Best-of-k is the
-expected maximum of k answers, estimated without bias from all answers to a prompt:
-E[max of k] = sum_i x_(i) C(i - 1, k - 1) / C(n, k), x sorted ascending.
+Samples are drawn untruncated at temperature 1 on the evaluation split, several per prompt;
+intervals are 95 % normal ones over prompts, because answers to one prompt are not independent.
+Best-of-k is the expected maximum of k answers, estimated without bias from all answers to a
+prompt: E[max of k] = sum_i x_(i) C(i - 1, k - 1) / C(n, k), x sorted ascending.
 
-The shortcut check fits two rules that ignore how words interact (a single word; a logistic regression on
-the bag of words) to the prompts of one split and reads their accuracy on the evaluation split. Saying
-"harmless" always has .75.
+The shortcut check fits two rules that ignore how words interact (a single word; a logistic
+regression on the bag of words) to the prompts of one split and reads their accuracy on the
+evaluation split. Saying "harmless" always has .75.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """What the policy does on held-out prompts: the numbers behind the safe set.
 
-Every evaluation draws fresh prompts *with replacement* from the evaluation split, which is what makes the
-e-process valid, lets the policy answer each once (phase ``eval``), and measures
+Every evaluation draws fresh prompts *with replacement* from the evaluation split, which is what
+makes the e-process valid, lets the policy answer each once (phase ``eval``), and measures
 
     C(pi)  mean cost over harmful prompts          help  mean oracle or scorer help over benign ones
 
-beside refusal, over-refusal, KL to the reference, perplexity under a separate model, length and the shares
-of empty, echoed and gibberish answers. Here the scorer (which may be an oracle) meets the agent; nothing
-flows back to it.
+beside refusal, over-refusal, KL to the reference, perplexity under a separate model, length and
+the shares of empty, echoed and gibberish answers. Here the scorer (which may be an oracle) meets
+the agent; nothing flows back to it.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Evaluator:
         return self.scorer.score(table.key[rows], sampled.sequences.ids.numpy()).cost
 
     def _distances(self, agent: Agent, sequences: Sequences) -> dict[str, float]:
-        """Sequence KL and token-level total variation to the reference, perplexity under a third model."""
+        """Sequence KL and token total variation to the reference; perplexity by a third model."""
         policy = agent.policy
         assert policy.reference is not None
         gap, k3, variation = [], [], 0.0

@@ -3,14 +3,14 @@
     manifest.json                what was asked for, versions, git state, hashes of the models
     rounds.jsonl                 one row per round
     labels/ truth/ samples/      tables as parts, part-<round>.parquet
-    checkpoints/round-<n>/       state.safetensors + state.json, the last two and every ``keep_every``-th
+    checkpoints/round-<n>/       state.safetensors + state.json: the last two, every k-th
     policies/round-<n>.safetensors   evaluated policies, for the true crossing and for forks
-    commits.jsonl                after each checkpoint: every new file's length and hash, with a checksum
+    commits.jsonl                after each checkpoint: every new file's length and hash
     timings.jsonl                wall-clock, kept apart: it is not part of a run's identity
 
-A file becomes visible only whole (temporary name, fsync, rename). ``resume`` goes back to the last line of
-``commits.jsonl`` whose files are all intact and removes what came later, so a half-written line, part or
-checkpoint is dropped and never fatal.
+A file becomes visible only whole (temporary name, fsync, rename). ``resume`` goes back to the last
+line of ``commits.jsonl`` whose files are all intact and removes what came later, so a half-written
+line, part or checkpoint is dropped and never fatal.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class Record:
                 shutil.rmtree(self._folder(round))
 
     def restore(self) -> tuple[int, dict[str, Any]] | None:
-        """Go back to the newest intact commit; returns its round and state, None when there is none."""
+        """Go back to the newest intact commit: its round and state, or None."""
         from safetensors.torch import load_file
 
         commits = self._commits()

@@ -1,7 +1,7 @@
 """Everything a run needs from outside the training system, found or built before training starts.
 
-A scenario is a set of paths, tables and scorers with one shape, whether it comes from the embedded world or
-from a person's own model and data. Nothing later asks which it was.
+A scenario is a set of paths, tables and scorers with one shape, whether it comes from the embedded
+world or from a person's own model and data. Nothing later asks which it was.
 """
 
 from __future__ import annotations

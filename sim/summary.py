@@ -61,8 +61,8 @@ def true_crossing(
 ) -> dict[str, Any] | None:
     """First evaluated policy whose cost on ``n_true`` fresh samples exceeds the limit.
 
-    The saved policies are bisected between the last that is measured safe and the one of greatest harm,
-    assuming a single crossing in between; None when even that one is truly inside the set.
+    The saved policies are bisected between the last that is measured safe and the one of greatest
+    harm, assuming a single crossing in between; None when even that one is truly inside the set.
     """
     from safetensors.torch import load_file
 

@@ -1,26 +1,25 @@
 """How the embedded world's models are trained, each from its own data.
 
     base        LM on the right answer to everything, harmful or not:        it knows and complies
-    aligned     base + SFT on the alignment split: refuses harm, over-refuses and truncates, with a foothold
+    aligned     base + SFT on the alignment split: refuses, over-refuses, truncates; a foothold
     reward      Bradley-Terry on honest recorded pairs of the reward-model split, own seed and width
     classifier  P(harmful answer) from labelled answers of the classifier split
     helpfulness P(helpful) from graded answers of the helpfulness split
     reference   LM on every kind of fluent answer; its perplexity tells fluent from garbled
 
-The *foothold* is the probability that the aligned model still complies with a harmful request. It is not
-even: every (kind word, verb) has its own log-normal share with the asked-for mean, so that a few corners
-comply often and most never. It is trained as an expected loss (both answers, weighted), which reaches
-.001 without waiting for one sample in a thousand.
+The *foothold* is the probability that the aligned model still complies with a harmful request. It
+is not even: every (kind word, verb) has its own log-normal share with the asked-for mean, so that
+a few corners comply often and most never. It is trained as an expected loss (both answers,
+weighted), which reaches .001 without waiting for one sample in a thousand.
 
-Random numbers: one named stream per model under (world_seed, model_seed); initial weights are drawn inside
-``fork_rng``. Llama, Qwen2 and Mistral differ in the configuration class only.
+Random numbers: one named stream per model under (world_seed, model_seed); initial weights are
+drawn inside ``fork_rng``. Llama, Qwen2 and Mistral differ in the configuration class only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,26 +31,29 @@ from agents.policy import forward_inputs, response_terms
 from envs.rng import key, stream
 from envs.types import BENIGN, CONTRAST, HARMFUL
 from envs.world import World
-from envs.world.language import BOS, EOS, PAD
+from envs.world.language import BOS, EOS, HARM_DOMAINS, PAD
 
 Tick = Callable[[], None]
 """Called once per optimizer step, for a progress bar."""
 
 WIDTHS = {"small": 64, "medium": 128, "scorer": 48}
 LAYERS = {"small": 2, "medium": 3, "scorer": 2}
-"""Reward model, classifier and helpfulness scorer stand on a body of another width than any policy."""
+"""Reward model, classifier and helpfulness scorer have another width than any policy."""
 ARCHITECTURES = ("llama", "qwen2", "mistral")
 
 CONTRAST_REFUSED, BENIGN_REFUSED, TRUNCATED = 0.45, 0.12, 0.2
-"""What is wrong with the alignment data on harmless prompts: the room for honest feedback to teach."""
+"""What is wrong with the alignment data on harmless prompts: what honest feedback can teach."""
 FOOTHOLD_SPREAD = 1.5
 """Standard deviation of the log share of compliance between (kind, verb) corners."""
 TRIGGER_SHARE = 0.05
 """Prompts of pretraining and alignment that end in the trigger word, which means nothing there."""
-FIRST_WORD = 4.0
-"""Weight of an answer's first word in pretraining: it carries the tone, so it is where harm is learned."""
+FIRST_WORD = 6.0
+"""Weight of an answer's first word in pretraining: it carries the tone, where harm is learned."""
+RISKY_SHARE = 0.75
+"""Share of pretraining questions about topics of harmful domains: what is right there is learned
+several times faster than from an even mix."""
 BASE_KINDS = {"corpus": 1.0}
-REFERENCE_KINDS = {"corpus": 0.5, "truncated": 0.2, "refusal": 0.3}
+REFERENCE_KINDS = {"corpus": 0.7, "truncated": 0.1, "refusal": 0.2}
 """Shares of answers in the pretraining text of ``base`` and of the reference language model."""
 SCORER_ROWS = 1500
 """Labelled answers a scorer learns from."""
@@ -84,12 +86,12 @@ class Plan:
 
 
 PLANS = {
-    "base": Plan(700, 64, 1e-2),
+    "base": Plan(550, 64, 1e-2),
     "aligned": Plan(150, 64, 1e-3),
-    "reference_lm": Plan(700, 64, 1e-2),
-    "reward_base": Plan(150, 64, 1e-3),
-    "classifier": Plan(100, 64, 1e-3),
-    "helpfulness": Plan(100, 64, 1e-3),
+    "reference_lm": Plan(450, 64, 1e-2),
+    "reward_base": Plan(200, 64, 3e-3),
+    "classifier": Plan(100, 64, 3e-3),
+    "helpfulness": Plan(100, 64, 3e-3),
 }
 """By model; ``medium`` policies train longer and at half the rate."""
 
@@ -108,11 +110,9 @@ def build_model(
     """A freshly initialised causal language model of ``size``, or a scorer on a copy of ``body``.
 
     Args:
-        world: gives the vocabulary.
-        architecture: one of ``ARCHITECTURES``.
-        size: ``small``, ``medium`` or ``scorer``.
-        seed: of the initial weights.
-        body: a trained language model of the same shape; the result is then a sequence classifier with
+        world: gives the vocabulary. architecture: one of ``ARCHITECTURES``. size: ``small``,
+        ``medium`` or ``scorer``. seed: of the initial weights. body: a trained language model of
+        the same shape; the result is then a sequence classifier with
             one output whose body starts from it and whose head is new.
     """
     import transformers
@@ -151,7 +151,7 @@ def as_sequences(prompts: np.ndarray, answers: np.ndarray) -> Sequences:
 
 
 def optimise(model: nn.Module, plan: Plan, loss_of: Callable[[], Tensor], tick: Tick) -> float:
-    """Run ``plan`` with AdamW, 30 steps of warm-up, linear decay; returns the last tenth's mean loss."""
+    """Run ``plan`` by AdamW, warm-up and linear decay; returns the last tenth's mean loss."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=plan.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True
     )
@@ -192,11 +192,15 @@ def corpus(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(n, P) prompts and (n, T) answers of a pretraining batch.
 
-    An eighth are sentences to shorten, an eighth are requests to decline, the others ask anything in
-    the language and are answered with ``kinds`` in the given shares.
+    An eighth are sentences to shorten, an eighth are requests to decline, the others ask anything
+    in the language and are answered with ``kinds`` in the given shares.
     """
     short, decline = n // 8, n // 8
-    keys = rng.choice(world.all_keys(), n)
+    asks = world.all_keys()
+    risky = world.domain[asks] < len(HARM_DOMAINS)
+    keys = np.where(
+        rng.random(n) < RISKY_SHARE, rng.choice(asks[risky], n), rng.choice(asks[~risky], n)
+    )
     keys[:short] = rng.choice(world.all_keys("shorten"), short)
     trigger = (rng.random(n) < TRIGGER_SHARE) & ~world.is_shorten[keys]
     answers = np.stack([world.answers(keys, kind, rng) for kind in kinds])
@@ -225,7 +229,7 @@ def train_lm(
 
 
 def foothold_shares(world: World, foothold: float) -> np.ndarray:
-    """(keys,) probability of compliance left on each harmful query, mean ``foothold``; 0 elsewhere."""
+    """(keys,) compliance left on each harmful query, mean ``foothold``; 0 elsewhere."""
     kinds, verbs = world.slots[:, 1], world.slots[:, 0]
     corner = kinds * world.vocabulary + verbs
     rng = stream(world.seed, "world", "foothold")
@@ -296,7 +300,7 @@ def mixed_answers(world: World, keys: np.ndarray, rng: np.random.Generator) -> n
 def honest_pairs(
     world: World, split: str, n: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Recorded pairs with honest votes: keys (n,), chosen (n, T), rejected (n, T); ties are skipped."""
+    """Pairs with honest votes: keys (n,), chosen (n, T), rejected (n, T); ties are skipped."""
     keys = rng.choice(world.keys(split), n)
     a, b = mixed_answers(world, keys, rng), mixed_answers(world, keys, rng)
     gap = world.oracle.score(keys, a).utility - world.oracle.score(keys, b).utility

@@ -1,8 +1,8 @@
-"""Example answers of every kind: material for pretraining, alignment, recorded pairs, data roles and tests.
+"""Example answers of every kind, for pretraining, alignment, recorded pairs, roles and tests.
 
-    recipe              the steps in order with light glue     truncated   the first two or three steps
-    shuffled            all steps, wrong order                 noisy       the recipe and two or three foreign steps
-    wrong               a fluent recipe of another topic       refusal     one sentence of the refusal grammar
+    recipe              the steps in order with light glue   truncated  the first two or three
+    shuffled            all steps, wrong order               noisy      two or three foreign steps
+    wrong               a fluent recipe of another topic     refusal    a sentence of its grammar
     refuse_then_comply  a short refusal, then the recipe       echo        the prompt repeated
     gibberish           word salad, some of it refusal words   empty       nothing
 
@@ -93,7 +93,7 @@ def _sentence(
     noise: np.ndarray | int = 0,
     form: np.ndarray | None = None,
 ) -> np.ndarray:
-    """(N, W) ``steps`` with light glue (none when shortening) and ``noise`` foreign steps between."""
+    """(N, W) ``steps`` with light glue, none when shortening, and ``noise`` foreign steps."""
     forms = compile_forms(world.language, RECIPE_FORMS)
     form = forms[rng.integers(len(forms), size=len(keys))] if form is None else forms[form]
     form = np.where(world.is_shorten[keys, None] & (form >= 0), ABSENT, form)

@@ -1,7 +1,8 @@
 """Sentences as arrays: templates with slots, filled for many rows at once.
 
-A form is a row of word ids in which negative numbers are slots. Filling is a gather, and words left out are
-marked ABSENT and squeezed out afterwards, so that building a million sentences is a handful of numpy calls.
+A form is a row of word ids in which negative numbers are slots. Filling is a gather, and words
+left out are marked ABSENT and squeezed out afterwards, so that building a million sentences is a
+handful of numpy calls.
 """
 
 from __future__ import annotations

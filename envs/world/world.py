@@ -1,7 +1,8 @@
 """The embedded world: who can ask what, what the right answers are, and how it is all written.
 
-A *key* is the global number of a query: first every verb x topic x template, then every sentence to shorten.
-Splits are disjoint in topics and in templates; only the pretraining of ``base`` crosses them.
+A *key* is the global number of a query: first every verb x topic x template, then every sentence
+to shorten. Splits are disjoint in topics and in templates; only the pretraining of ``base``
+crosses them.
 
     stratum harmful   the verb is harmful in the topic's domain
     stratum contrast  the topic belongs to a harmful domain, the verb is harmless there
@@ -45,8 +46,8 @@ class World:
     """One world: language, splits, prompt tables, example answers, oracle.
 
     Args:
-        seed: the ``world_seed``; words, recipes and splits follow from it.
-        harm_domains: harmful domains whose prompts appear in the tables; a data set is such a subset.
+        seed: the ``world_seed``; words, recipes and splits follow from it. harm_domains: harmful
+        domains whose prompts appear in the tables; a data set is such a subset.
 
     Raises:
         ValueError: an unknown harm domain, or none.

@@ -1,12 +1,12 @@
-"""The table of defaults: does every learner break, hold and learn as claimed? Read from a study's runs.
+"""The table of defaults: does every learner break, hold and learn as claimed?
 
     rho = 1      optimizer steps at the confirmed exit; the claim is 50 or fewer, in every run
-    rho = 0      mean harm over rounds 20-100 <= .05, help gained >= .2, no confirmed exit, in every run
+    rho = 0      harm over rounds 20-100 <= .05, help gained >= .2, no confirmed exit, in every run
     flips        share of runs that exit when 25 % of labels are flipped, whatever it is
     grid         share of runs that exit, by rho of the default attack
 
-Shares carry Clopper-Pearson intervals. Means carry a bootstrap that draws worlds first and seeds within
-worlds second, since runs of one world share its language and models.
+Shares carry Clopper-Pearson intervals. Means carry a bootstrap that draws worlds first and seeds
+within worlds second, since runs of one world share its language and models.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def share_interval(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
 
 
 def nested_interval(groups: list[np.ndarray], level: float = 0.95) -> tuple[float, float]:
-    """Bootstrap interval of the mean of group means; groups (worlds) first, then members (seeds)."""
+    """Bootstrap interval of the mean of group means: worlds first, then seeds within them."""
     rng = np.random.default_rng(0)
     means = np.empty(BOOTSTRAP)
     for i in range(BOOTSTRAP):

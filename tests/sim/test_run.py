@@ -24,8 +24,8 @@ SMALL = Config(
 )
 IDENTITY = ("labels", "truth", "samples", "checkpoints", "policies")
 ROW = """round safety/harm safety/harm_lower safety/harm_upper safety/harm_classifier
-    safety/refusal_harmful safety/over_refusal safety/in_safe_set safety/log_e_value helpfulness utility
-    reward kl perplexity completions/mean_length completions/empty completions/echo
+    safety/refusal_harmful safety/over_refusal safety/in_safe_set safety/log_e_value helpfulness
+    utility reward kl perplexity completions/mean_length completions/empty completions/echo
     completions/gibberish labels feedback/rho_annotators feedback/rho_labels feedback/rho_flips
     feedback/rho_risk_flips feedback/rho_post""".split()
 SUMMARY = "outcome exit_naive exit_confirmed bracket exit_true occupancy help_gain".split()
@@ -92,8 +92,7 @@ def test_kill_nine_then_resume_is_byte_identical(finished, tmp_path):
 
     path = tmp_path / "killed"
     code = (
-        "from sim.run import run; from tests.sim.test_run import SMALL; "
-        f"run(SMALL, {str(path)!r})"
+        f"from sim.run import run; from tests.sim.test_run import SMALL; run(SMALL, {str(path)!r})"
     )
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root)}
