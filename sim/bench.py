@@ -84,10 +84,11 @@ def bench(
         for _ in range(WARM):
             ours()
         memory = ours.memory()  # before anything of TRL's is in this process
-        rows, evaluations, operations = [], [], []
+        rows, evaluations, operations, tokens = [], [], [], []
 
         def our_turn() -> None:
             rows.append(ours())
+            tokens.append(ours.work()["response_tokens"])
             operations.append(ours.operations())
             evaluations.append(ours.measure())
 
@@ -95,12 +96,13 @@ def bench(
         if trl is None:
             for _ in range(repetitions):
                 our_turn()
-        side = _side(rows, ours.work()["response_tokens"], memory)
+        work = {**ours.work(), "response_tokens": sum(tokens) / repetitions}
+        side = _side(rows, work["response_tokens"], memory)
         side["seconds"]["evaluate"] = _spread(evaluations)
         shares: dict[str, list[float]] = {name: [] for name in operations[0]}
-        for row, work in zip(rows, operations, strict=True):
+        for row, needed in zip(rows, operations, strict=True):
             for name in shares:
-                shares[name].append(work[name] / row[name] / rate)
+                shares[name].append(needed[name] / row[name] / rate)
         whole = [sum(w.values()) / r["round"] / rate for r, w in zip(rows, operations, strict=True)]
         side["matmul_share"] = {n: _spread(v)["median"] for n, v in shares.items()}
         side["matmul_share"]["round"] = _spread(whole)["median"]
@@ -108,7 +110,7 @@ def bench(
         result: dict[str, Any] = {
             "machine": describe(threads, rate),
             "repetitions": repetitions,
-            "grpo_round": {"work": ours.work(), "ours": side},
+            "grpo_round": {"work": work, "ours": side},
         }
         if trl is not None:
             _compare(result, trl, rows)
@@ -147,7 +149,7 @@ def _compare(result: dict[str, Any], trl: dict[str, Any], ours: list[dict[str, f
     """Add TRL's side, the paired ratio, and whether both did the same work."""
     from importlib.metadata import version
 
-    work, other = result["grpo_round"]["work"], trl["rounds"].work()
+    work, other = result["grpo_round"]["work"], trl["rounds"].work(len(ours))
     side = _side(trl["rows"], other["response_tokens"], trl["memory"])
     side["version"] = version("trl")
     side["per_device_batch"] = trl["size"]
@@ -169,7 +171,7 @@ def _compare(result: dict[str, Any], trl: dict[str, Any], ours: list[dict[str, f
     result["differences"] = {"response_tokens_trl_over_ours": tokens, "loss_on_trl_batch": gap}
 
 
-def _side(rows: list[dict[str, float]], tokens: int, memory: dict[str, Any]) -> dict[str, Any]:
+def _side(rows: list[dict[str, float]], tokens: float, memory: dict[str, Any]) -> dict[str, Any]:
     seconds = {name: _spread([row[name] for row in rows]) for name in rows[0]}
     return {
         "seconds": seconds,

@@ -39,7 +39,8 @@ class PlainRewardLoop:
         self.rng = np.random.default_rng(config.seed)
         self.pairs = torch.zeros(0)  # (N, 2, 2, P + T): a and b, ids and mask; newest last
         self.targets = torch.zeros(0)
-        self.steps = self.rounds = self.tokens = 0
+        self.tokens: list[int] = []  # response tokens by round
+        self.steps = self.rounds = 0
 
     def rewards(self, completion_ids: list[list[int]], **_: Any) -> list[float]:
         """Rewards of one round's answers, prompt-major."""
@@ -63,7 +64,7 @@ class PlainRewardLoop:
         with self.watch.stage("score"), torch.no_grad():
             rewards = self._score(rows)
         self.rounds += 1
-        self.tokens = int(mask.sum())
+        self.tokens.append(int(mask.sum()))
         return rewards.tolist()
 
     def _score(self, rows: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def show(result: dict[str, Any]) -> None:
         )
     console.print(table)
     console.print(
-        f"{work['responses']} responses, {work['response_tokens']} tokens, "
+        f"{work['responses']} responses, {work['response_tokens']:.0f} tokens, "
         f"{work['optimizer_steps']} + {work['reward_model_steps']} optimizer steps; "
         f"{ours['response_tokens_per_second']['round']:.0f} response tokens/s; "
         f"matmul: useful operations on real tokens as a share of {machine['matmul_gflops']:.0f} "

@@ -148,12 +148,12 @@ class TrlRounds:
 
         self.trainer._compute_loss = captured
 
-    def work(self) -> dict[str, int]:
-        """How much one round did."""
+    def work(self, rounds: int) -> dict[str, float]:
+        """How much one round did; tokens are the mean of the last ``rounds``."""
         people = self.config.feedback
         return {
             "responses": people.batch * people.responses,
-            "response_tokens": self.loop.tokens,
+            "response_tokens": sum(self.loop.tokens[-rounds:]) / rounds,
             "optimizer_steps": self.trainer.state.global_step // self.loop.rounds,
             "reward_model_steps": self.loop.steps // self.loop.rounds,
         }

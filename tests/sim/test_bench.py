@@ -6,17 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from agents.learners.grpo import GRPOConfig
+from agents.learners.reward_model import RewardModelConfig
 from sim.bench import bench, main
 from sim.bench_machine import Weights, matmul_rate, read_memory, reset_peak, weights_of
 from sim.bench_round import STAGES, OurRounds, Stopwatch
 from sim.bench_table import show
 from sim.config import Config, EvaluationConfig, FeedbackConfig
 from sim.scenario import Scenario
-
-SMALL = Config(
-    feedback=FeedbackConfig(batch=8, responses=4, annotators=10),
-    evaluation=EvaluationConfig(n_harm=8, n_help=8),
-)
 
 
 def half_trained(model, world):
@@ -77,15 +74,14 @@ def scenario(tmp_path_factory):
     )
 
 
-def small():
-    """Learner and reward-model sizes that divide a round of 32 answers."""
-    from dataclasses import replace
-
-    from agents.learners.grpo import GRPOConfig
-    from agents.learners.reward_model import RewardModelConfig
-
-    learner = GRPOConfig(minibatch=16, epochs=2)
-    return replace(SMALL, learner=learner, reward_model=RewardModelConfig(minibatch=8, steps=3))
+def small(batch=8):
+    """``batch`` prompts with four answers each, in two minibatches."""
+    return Config(
+        feedback=FeedbackConfig(batch=batch, responses=4, annotators=10),
+        evaluation=EvaluationConfig(n_harm=8, n_help=8),
+        learner=GRPOConfig(minibatch=2 * batch, epochs=2, lr=1e-4),
+        reward_model=RewardModelConfig(minibatch=8, steps=3),
+    )
 
 
 def assert_round_adds_up(side):
@@ -116,7 +112,7 @@ def test_figures_of_our_round(scenario, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_trls_round_does_the_same_work(scenario, capsys):
-    result = bench(small(), scenario, repetitions=2, threads=1, against="trl")
+    result = bench(small(24), scenario, repetitions=3, threads=1, against="trl")
     assert all(result["same_work"].values()), result["differences"]
     assert set(result["same_work"]) == {
         "responses",
@@ -129,7 +125,7 @@ def test_trls_round_does_the_same_work(scenario, capsys):
     assert_round_adds_up(figures["trl"])
     low, high = figures["ratio_quartiles"]
     assert 0 < low <= figures["ratio_to_trl"] <= high
-    assert len(figures["trl"]["seconds_by_per_device_batch"]) == 3
+    assert len(figures["trl"]["seconds_by_per_device_batch"]) == 4
     show(result)
     assert "times as long" in capsys.readouterr().out
 
