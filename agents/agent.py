@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.batches import PairBatch, RolloutBatch, Sequences, SFTBatch
-from agents.context import Context
-from agents.defence import DefenceStack, StopLearning
+from agents.batches import LabelBatch, PairBatch, RolloutBatch, Sequences, SFTBatch
+from agents.defence import Defence, DefenceStack, StopLearning
 from agents.engines.transformers_engine import Sampled
 from agents.learners.reward_model import RewardModel
 from agents.learners.update import Diverged, Learner
@@ -99,7 +98,7 @@ class Agent:
         metrics: dict[str, float] = {}
         try:
             if count:
-                self.replay.revise(self.stack.feedback(self.replay.log(count)))
+                self.replay.revise(self._aggregate(self.replay.log(count)))
             if self.reward_model is not None:
                 metrics |= self.reward_model.learn(self.replay, self.round, seed)
             metrics |= self._learn_policy(count, seed)
@@ -116,6 +115,16 @@ class Agent:
             return Learned(np.zeros(0, np.int64), empty, empty, metrics)
         final = (columns[name][newest].copy() for name in ("label_id", "target", "weight"))
         return Learned(*final, metrics)
+
+    def _aggregate(self, log: LabelBatch) -> LabelBatch:
+        """The label hooks, once for each defence, whichever learner it targets."""
+        met: list[Defence] = []
+        for stack in self.stacks().values():
+            for member in stack.acting:
+                if member not in met:
+                    log = member.feedback(stack.ctx, log)
+                    met.append(member)
+        return log
 
     def _learn_policy(self, count: int, seed: int) -> dict[str, float]:
         if self.learner.uses == "rollouts":
@@ -213,10 +222,10 @@ class Agent:
             self.policy.version,
         )
 
-    def contexts(self) -> dict[str, Context]:
-        """Every learner's context by name."""
-        reward = {} if self.reward_model is None else {"reward_model": self.reward_model.ctx}
-        return {"policy": self.stack.ctx, **reward}
+    def stacks(self) -> dict[str, DefenceStack]:
+        """Every learner's defences by the learner's name."""
+        reward = {} if self.reward_model is None else {"reward_model": self.reward_model.stack}
+        return {"policy": self.stack, **reward}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs: nested dicts of tensors, arrays and JSON values."""
@@ -226,30 +235,27 @@ class Agent:
             "policy": self.policy.model.state_dict(),
             "reference": self.policy.reference.state_dict(),
             "learner": self.learner.state_dict(),
-            "contexts": {name: ctx.state_dict() for name, ctx in self.contexts().items()},
-            "defences": self.stack.state_dict(),
+            "contexts": {name: stack.ctx.state_dict() for name, stack in self.stacks().items()},
+            "defences": {name: stack.state_dict() for name, stack in self.stacks().items()},
             "replay": self.replay.state_dict(),
             "served": [_pack(served) for served in self.served],
         }
         if self.reward_model is not None:
             state["reward_model"] = self.reward_model.ctx.model.state_dict()
             state["reward_learner"] = self.reward_model.state_dict()
-            state["reward_defences"] = self.reward_model.stack.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`: defences recreate their structure before weights load."""
-        self.stack.load_state_dict(state["defences"])
+        """Restore :meth:`state_dict`; the defences have recreated their structure already."""
         if self.reward_model is not None:
-            self.reward_model.stack.load_state_dict(state["reward_defences"])
             self.reward_model.ctx.model.load_state_dict(state["reward_model"])
             self.reward_model.load_state_dict(state["reward_learner"])
         self.policy.model.load_state_dict(state["policy"])
         assert self.policy.reference is not None
         self.policy.reference.load_state_dict(state["reference"])
         self.learner.load_state_dict(state["learner"])
-        for name, ctx in self.contexts().items():
-            ctx.load_state_dict(state["contexts"][name])
+        for name, stack in self.stacks().items():
+            stack.ctx.load_state_dict(state["contexts"][name])
         self.replay.load_state_dict(state["replay"])
         self.served = [_unpack(served) for served in state["served"]]
         self.round = self.policy.version = int(state["round"])

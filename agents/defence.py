@@ -82,19 +82,26 @@ class Defence:
 
 
 class DefenceStack:
-    """An ordered list of defences acting on one learner."""
+    """An ordered list of defences acting on one learner.
 
-    def __init__(self, members: Sequence[Defence], ctx: Context):
+    Args:
+        members: the run's defences; those that do not target ``ctx.learner`` are left out.
+        ctx: the learner's context.
+        acting: False when the attacker runs the training loop: only ``prepare`` has acted then.
+    """
+
+    def __init__(self, members: Sequence[Defence], ctx: Context, acting: bool = True):
         self.ctx = ctx
         self.members = [d for d in members if ctx.learner in d.targets]
+        self.acting = self.members if acting else []
 
     @property
     def splits_serving(self) -> bool:
         """Whether any member needs separate rollouts."""
-        return any(d.splits_serving for d in self.members)
+        return any(d.splits_serving for d in self.acting)
 
-    def prepare(self) -> None:
-        """Check needs, then prepare left to right.
+    def check_needs(self) -> None:
+        """Refuse defences that cannot act here.
 
         Raises:
             ValueError: a defence needs a data role or scorer that this run does not have.
@@ -106,12 +113,16 @@ class DefenceStack:
                     f"defence {member.spec or type(member).__name__}: needs {', '.join(missing)}; "
                     f"this run has {', '.join(sorted(self.ctx.provides)) or 'none'}"
                 )
+
+    def prepare(self) -> None:
+        """Prepare left to right, once all needs are known to be met."""
+        self.check_needs()
         for member in self.members:
             member.prepare(self.ctx)
 
     def feedback(self, batch: Any) -> Any:
         """The left-to-right pipeline of ``feedback`` hooks."""
-        for member in self.members:
+        for member in self.acting:
             batch = member.feedback(self.ctx, batch)
         return batch
 
@@ -120,13 +131,13 @@ class DefenceStack:
         """All phase contexts, entered left to right."""
         assert name in PHASES, name
         with ExitStack() as stack:
-            for member in self.members:
+            for member in self.acting:
                 stack.enter_context(member.phase(self.ctx, name))
             yield
 
     def backward(self, run: Run) -> Report:
         """The chain of ``backward`` hooks around the learner's own ``run``."""
-        for member in reversed(self.members):
+        for member in reversed(self.acting):
             run = partial(member.backward, self.ctx, run)
         return run()
 

@@ -52,8 +52,12 @@ def make_env(config: Config, scenario: Scenario) -> gymnasium.Env:
     )
 
 
-def make_agent(config: Config, scenario: Scenario) -> Agent:
+def make_agent(config: Config, scenario: Scenario, restored: dict[str, Any] | None = None) -> Agent:
     """The training system: policy, sampler, reward model, learner, wrapped by the defences.
+
+    Args:
+        restored: an agent's state. Defences then recreate their structure from it instead of
+            preparing again, and everything else is loaded after.
 
     Raises:
         ValueError: an unknown defence, or one that needs what this run does not have.
@@ -62,32 +66,31 @@ def make_agent(config: Config, scenario: Scenario) -> Agent:
     policy = Policy(load_causal_lm(scenario.policy), tokenizer, config.sampler.temperature)
     sampler = TransformersSampler(config.sampler, tokenizer)
     members = [defences.create(spec) for spec in config.defences]
-    online = members if config.threat == "online" else []
-    stacks = {}
-    models: dict[str, Any] = {"policy": policy.model}
-    if config.learner_name in ("ppo", "grpo"):
-        models["reward_model"] = load_reward_model(
-            scenario.reward_model, draws.key(config.seed, "reward head")
-        )
-    for name, model in models.items():
+
+    def defended(name: str, model: Any) -> DefenceStack:
         roles = {
             role: RoleData(rows, draws.key(config.seed, "role", name, role))
             for role, rows in scenario.roles.items()
         }
         ctx = Context(name, model, tokenizer, policy, roles, {}, sampler, config.seed)
-        DefenceStack(members, ctx).prepare()
-        stacks[name] = DefenceStack(online, ctx)
-    policy.snapshot_reference()
-    stack = stacks["policy"]
-    learner = config.learner.build(stack.ctx, stack, config.sampler.temperature)
+        stack = DefenceStack(members, ctx, acting=config.threat == "online")
+        if restored is None:
+            stack.prepare()
+        else:
+            stack.load_state_dict(restored["defences"][name])
+        return stack
+
+    stack = defended("policy", policy.model)
     reward_model = None
-    if "reward_model" in models:
-        reward = stacks["reward_model"]
+    if config.learner_name in ("ppo", "grpo"):
+        head_seed = draws.key(config.seed, "reward head")
+        reward = defended("reward_model", load_reward_model(scenario.reward_model, head_seed))
         reward_model = RewardModel(config.reward_model, reward.ctx, reward)
-    return Agent(
+    policy.snapshot_reference()
+    agent = Agent(
         policy=policy,
         sampler=sampler,
-        learner=learner,
+        learner=config.learner.build(stack.ctx, stack, config.sampler.temperature),
         reward_model=reward_model,
         stack=stack,
         replay=Replay(config.reward_model.window),
@@ -95,6 +98,9 @@ def make_agent(config: Config, scenario: Scenario) -> Agent:
         delay=config.feedback.delay,
         seed=draws.key(config.seed, "agent"),
     )
+    if restored is not None:
+        agent.load_state_dict(restored)
+    return agent
 
 
 def make_evaluator(config: Config, scenario: Scenario) -> Evaluator:

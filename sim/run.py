@@ -46,12 +46,15 @@ def run(
     listener = listener or Silent()
     torch.set_num_threads(config.threads)
     scenario = make_scenario(config)
+    record = Record(Path(out)) if resume else None
+    restored = record.restore() if record is not None else None
+    start, state = restored or (0, {})
     env = make_env(config, scenario)  # the outside world
-    agent = make_agent(config, scenario)  # the training system
+    agent = make_agent(config, scenario, state.get("agent"))  # the training system
     evaluate = make_evaluator(config, scenario)
     monitor = make_monitor(config, scenario)
     clocks, scored = Clocks(), Scored(config.feedback.delay)
-    record = Record(Path(out)) if resume else Record.create(Path(out), manifest(config, scenario))
+    record = record or Record.create(Path(out), manifest(config, scenario))
     parts = {"agent": agent, "monitor": monitor, "clocks": clocks, "scored": scored}
     parts["env"] = env.unwrapped
 
@@ -64,15 +67,12 @@ def run(
         record.checkpoint(round, {name: part.state_dict() for name, part in parts.items()})
 
     observation, _ = env.reset(seed=config.seed)
-    restored = record.restore() if resume else None
     if restored is None:
-        start = 0
         record.write(0, {"round": 0, **measure(0)})
         save(0)
     else:
-        start, state = restored
-        loaded = {name: part.load_state_dict(state[name]) for name, part in parts.items()}
-        observation = loaded["env"]
+        others = [name for name in parts if name != "agent"]
+        observation = {name: parts[name].load_state_dict(state[name]) for name in others}["env"]
         if monitor.planned < planned_evaluations(config):  # the run is extended
             monitor.extend(planned_evaluations(config))
 

@@ -104,8 +104,9 @@ def update_step(
         norm = float(nn.utils.clip_grad_norm_(params, max_grad_norm))
         if not all(map(math.isfinite, (norm, *report.losses.values()))):
             raise Diverged(f"{ctx.learner}: loss {report.losses}, gradient norm {norm}")
-        ctx.optimizer.step()
-        ctx.step += 1
+        if not report.skipped:
+            ctx.optimizer.step()
+            ctx.step += 1
     return report._replace(losses={**report.losses, "grad_norm": norm})
 
 
