@@ -19,14 +19,16 @@ from sim.config import DEFAULT_ATTACK, AttackConfig, Config, EvaluationConfig, p
 Arms = dict[str, list[Config]]
 LEARNERS = ("grpo", "ppo", "dpo", "sft")
 DEVELOPMENT_WORLDS, REPORT_WORLDS = (0, 1, 2), (3, 4, 5)
-GRID = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
-"""The default attack's shares of adversaries."""
-HORIZON = 40
-"""Rounds of the default attack's grid."""
+GRID = (0.02, 0.05, 0.1, 0.2, 0.4)
+"""The default attack's shares of adversaries; the clean arm is its 0."""
+FLIPS = 0.25
+"""Share of labels flipped in the arm that asks which learners break under plain noise."""
+HORIZON = 30
+"""Rounds of the grid and of the flips."""
 UPDATES = 50
-"""Optimizer updates within which rho = 1 has to break every learner."""
-FLIP_SEEDS = 3
-"""Seeds per world for the break fraction under 25 % label flips: nine runs in all."""
+"""Optimizer steps within which rho = 1 has to break every learner."""
+SEEDS = range(3)
+"""Root seeds on every reporting world: nine runs an arm."""
 
 
 def replicates(config: Config, worlds: Iterable[int], seeds: Iterable[int]) -> list[Config]:
@@ -51,58 +53,55 @@ def demo() -> Arms:
     return {name: replicates(config, (0,), (0, 1)) for name, config in arms.items()}
 
 
-def _settings(name: str) -> list[dict[str, float]]:
-    rates = (1e-4, 3e-4, 1e-3)
-    pulls = {"grpo": ("beta", (0.05, 0.2)), "ppo": ("kl", (0.05, 0.2)), "dpo": ("beta", (0.1, 0.3))}
-    if name not in pulls:
-        return [{"lr": rate} for rate in rates]
-    field, values = pulls[name]
-    return [{"lr": rate, field: value} for rate in rates for value in values]
-
-
 def tuning() -> Arms:
     """Every learner's settings at rho = 0 (60 rounds) and rho = 1 (the rounds of 50 updates)."""
+    settings: list[tuple[str, dict[str, float]]] = [
+        *(("grpo", {"lr": lr, "beta": beta}) for lr in (5e-4, 1e-3) for beta in (0.05, 0.1)),
+        *(("ppo", {"lr": lr, "kl": kl}) for lr in (5e-4, 1e-3) for kl in (0.05, 0.2)),
+        *(("dpo", {"lr": lr, "beta": beta}) for lr in (2e-4, 3e-4) for beta in (0.1, 0.3)),
+        *(("sft", {"lr": lr}) for lr in (1e-4, 2e-4, 4e-4)),
+    ]
     arms: Arms = {}
-    evaluation = EvaluationConfig(every=5, n_harm=128, n_help=128, n_true=0)
-    for name in LEARNERS:
-        for setting in _settings(name):
-            learner = registry.get(name)(**setting)
-            label = f"{name} {' '.join(f'{k}={v:g}' for k, v in setting.items())}"
-            clean = Config(rounds=60, learner=learner, evaluation=evaluation)
-            hostile = replace(full_attack(clean), evaluation=replace(evaluation, every=2))
-            for case, config in (("rho=0", clean), ("rho=1", hostile)):
-                arms[f"{label} {case}"] = replicates(config, DEVELOPMENT_WORLDS, (0,))
+    measured = EvaluationConfig(every=5, n_true=0)
+    for name, setting in settings:
+        learner = registry.get(name)(**setting)
+        label = f"{name} {' '.join(f'{k}={v:g}' for k, v in setting.items())}"
+        clean = Config(rounds=60, learner=learner, evaluation=measured, checkpoint_every=20)
+        for case, config in (("clean", clean), ("rho=1", full_attack(clean))):
+            arms[f"{label} {case}"] = replicates(config, DEVELOPMENT_WORLDS, (0,))
     return arms
 
 
 def full_attack(config: Config) -> Config:
-    """Everybody is an adversary, for as many rounds as hold :data:`UPDATES` full updates.
+    """Everybody is an adversary, for rounds enough to hold :data:`UPDATES` optimizer steps.
 
-    Learners that update from labels take fewer steps in a round with few labels, so the rounds are
-    counted generously; the table reads the exit on the clock of optimizer steps.
+    Learners that update from labels take fewer steps in a round with few labels; the table reads
+    the exit on the clock of optimizer steps.
     """
+    evaluation = replace(config.evaluation, every=2)
     attack = AttackConfig(DEFAULT_ATTACK, rho=1.0)
-    return replace(config, rounds=25, attack=attack)
+    return replace(config, rounds=30, attack=attack, evaluation=evaluation)
 
 
 def learners() -> Arms:
-    """Every learner at its defaults: rho = 0, rho = 1, 25 % flips, and the grid."""
+    """Every learner at its defaults: rho = 1, rho = 0, 25 % flips, the default attack's grid."""
     arms: Arms = {}
-    claims = EvaluationConfig(every=5, n_harm=256, n_help=256, n_true=0)
-    often = replace(claims, every=2)
+    measured = EvaluationConfig(every=5, n_harm=256, n_help=256, n_true=0)
     for name in LEARNERS:
-        clean = Config(rounds=100, learner=registry.get(name)(), evaluation=claims)
-        hostile = replace(full_attack(clean), evaluation=replace(claims, every=1))
-        flips = replace(
-            clean, rounds=HORIZON, evaluation=often, attack=AttackConfig("label_noise", rho=0.25)
+        clean = Config(
+            rounds=100, learner=registry.get(name)(), evaluation=measured, checkpoint_every=20
         )
-        arms[f"{name} clean"] = replicates(clean, REPORT_WORLDS, range(3))
-        arms[f"{name} rho=1"] = replicates(hostile, REPORT_WORLDS, range(3))
-        arms[f"{name} flips=.25"] = replicates(flips, REPORT_WORLDS, range(FLIP_SEEDS))
-        for rho in GRID:
-            attack = AttackConfig(DEFAULT_ATTACK, rho=rho) if rho else AttackConfig()
-            config = replace(clean, rounds=HORIZON, evaluation=often, attack=attack)
-            arms[f"{name} default rho={rho:g}"] = replicates(config, REPORT_WORLDS, range(3))
+        short = replace(clean, rounds=HORIZON)
+        cases = {
+            "rho=1": full_attack(clean),
+            "clean": clean,
+            "flips": replace(short, attack=AttackConfig("label_noise", rho=FLIPS)),
+        }
+        cases |= {
+            f"rho={rho:g}": replace(short, attack=AttackConfig(DEFAULT_ATTACK, rho=rho))
+            for rho in GRID
+        }
+        arms |= {f"{name} {k}": replicates(c, REPORT_WORLDS, SEEDS) for k, c in cases.items()}
     return arms
 
 

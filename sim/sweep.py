@@ -75,6 +75,7 @@ def sweep(
     try:
         with FileLock(out / ".lock", timeout=0):
             todo = [cell for cell in cells if not is_finished(cell.path, cell.config)]
+            todo.sort(key=lambda cell: cell.config.seed)  # cut short, every arm has its first seeds
             listener.begin({c.path: c.config.rounds for c in todo}, len(cells) - len(todo))
             failures = work_off([Job(c.path, c.config.to_dict()) for c in todo], jobs, listener)
             table = tabulate(cells, failures)

@@ -48,6 +48,7 @@ def command(words: list[str]) -> int:
     jobs = (os.cpu_count() or 1) if asked is None else asked
     if jobs < 1:
         raise ValueError(f"jobs={jobs}; allowed: >= 1")
+    claimed = options.get("--study") == ["learners"]
     configs = study(preset, options) if "--study" in options else grid(preset, options)
     cells = plan(configs, out)
     arms, rounds = {cell.arm for cell in cells}, {cell.config.rounds for cell in cells}
@@ -56,7 +57,18 @@ def command(words: list[str]) -> int:
     with sweep_progress() as listener:
         table = sweep(configs, out, jobs, listener)
     print_table(table)
+    if claimed:
+        _print_claims(table, out)
     return _finish(table, out)
+
+
+def _print_claims(table: dict[str, Any], out: Path) -> None:
+    from sim.analysis.claims import claims
+    from sim.analysis.load import load_runs
+
+    text = claims(load_runs([run["path"] for run in table["runs"] if run["failure"] is None]))
+    (out / "claims.md").write_text(text)
+    print(text)
 
 
 def _finish(table: dict[str, Any], out: Path) -> int:

@@ -57,13 +57,13 @@ def claims(runs: Iterable[Run]) -> str:
         clean = arms[name, "clean"]
         cells = [_steps(arms[name, "hostile"]), *_clean(clean), _share(arms[name, "flips"])]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "Exit share of the default attack, by ρ:", ""]
+    lines += ["", "Exit share under the default attack, by ρ:", ""]
     lines += [
-        "| learner | " + " | ".join(f"{rho:g}" for rho in rhos) + " |",
-        "|---|" + "---|" * len(rhos),
+        "| learner | 0 | " + " | ".join(f"{rho:g}" for rho in rhos) + " |",
+        "|---|---|" + "---|" * len(rhos),
     ]
     for name in learners:
-        shares = [_share(arms[name, f"{rho:g}"]) for rho in rhos]
+        shares = [_share(arms[name, case]) for case in ("clean", *(f"{r:g}" for r in rhos))]
         lines.append(f"| {name} | " + " | ".join(shares) + " |")
     return "\n".join(lines) + "\n"
 
@@ -75,7 +75,7 @@ def _case(run: Run) -> str:
         return "flips"
     if run.rho == 1:
         return "hostile"
-    return "clean" if run.config["rounds"] >= 100 else f"{run.rho:g}"
+    return f"{run.rho:g}" if run.rho else "clean"
 
 
 def _share(runs: list[Run]) -> str:
