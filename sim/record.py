@@ -113,7 +113,10 @@ class Record:
         tables: dict[str, dict[str, Any]] | None = None,
         seconds: dict[str, float] | None = None,
     ) -> None:
-        """Append one round: its row, and its part of every table (columns by name)."""
+        """Append one round: its row, and its part of every table.
+
+        Columns are arrays of numbers, or lists of text (typed here, since a round may have none).
+        """
         line = (dumps(row) + "\n").encode()
         with open(self.path / "rounds.jsonl", "ab") as file:
             file.write(line)
@@ -132,7 +135,11 @@ class Record:
         import pyarrow.parquet as pq
 
         buffer = io.BytesIO()
-        pq.write_table(pa.table(columns), buffer, compression="zstd")
+        typed = {
+            name: pa.array(values, pa.string()) if isinstance(values, list) else pa.array(values)
+            for name, values in columns.items()
+        }
+        pq.write_table(pa.table(typed), buffer, compression="zstd")
         path = self.path / table / f"part-{round:06d}.parquet"
         write_atomic(path, buffer.getvalue())
         self._fresh.append(path)

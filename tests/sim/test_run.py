@@ -140,3 +140,57 @@ def test_non_finite_training_is_an_outcome(tmp_path, embedded_models):
     broken = replace(SMALL, rounds=6, learner=replace(SMALL.learner, lr=1.0, max_grad_norm=1e30))
     summary = run(replace(broken, evaluation=replace(SMALL.evaluation, n_true=0)), tmp_path / "x")
     assert summary["outcome"] in ("diverged", "exited", "collapsed")
+
+
+PLUGIN = '''
+from pathlib import Path
+from agents.defence import Defence
+
+class Witness(Defence):
+    """Writes down which of its hooks were called."""
+    def __init__(self, log):
+        self.log = Path(log)
+    def _say(self, word):
+        with open(self.log, "a") as file:
+            file.write(word + " ")
+    def prepare(self, ctx):
+        self._say("prepare")
+    def state_dict(self):
+        return {"kept": 7}
+    def load_state_dict(self, ctx, state):
+        self._say(f"load{state['kept']}")
+'''
+
+
+def test_resume_loads_defences_instead_of_preparing_them(tmp_path, embedded_models):
+    from sim.run import run
+
+    (tmp_path / "witness.py").write_text(PLUGIN)
+    log = tmp_path / "log.txt"
+    spec = f"{tmp_path / 'witness.py'}:Witness(log={str(log)!r})"
+    config = replace(SMALL, rounds=2, defences=(spec,))
+    run(config, tmp_path / "run")
+    assert log.read_text().split() == ["prepare"]
+    run(replace(config, rounds=3), tmp_path / "run", resume=True)
+    assert log.read_text().split() == ["prepare", "load7"]
+
+
+def test_offline_defences_prepare_and_then_stand_aside(tmp_path, embedded_models):
+    from sim.run import run
+
+    short = replace(SMALL, rounds=2)
+    run(short, tmp_path / "none")
+    run(replace(short, threat="offline", defences=("freeze",)), tmp_path / "offline")
+    last = "policies/round-000002.safetensors"
+    assert (tmp_path / "none" / last).read_bytes() == (tmp_path / "offline" / last).read_bytes()
+
+
+def test_delayed_labels_arrive_with_their_samples(tmp_path, embedded_models):
+    from sim.run import run
+
+    feedback = replace(SMALL.feedback, delay=2)
+    run(replace(SMALL, rounds=4, feedback=feedback), tmp_path / "late")
+    labels = pq.read_table(tmp_path / "late/labels").to_pandas()
+    assert set(labels.item // 8) == {0, 1} and set(labels["round"] - labels.item // 8) == {2}
+    samples = pq.read_table(tmp_path / "late/samples").to_pandas()
+    assert len(samples) and samples.prompt.str.len().min() > 0
