@@ -22,11 +22,12 @@ from scipy.special import gammaln
 from agents.engines.transformers_engine import sample_tokens
 from agents.policy import load_causal_lm
 from envs.rng import stream
-from envs.types import BENIGN, CONTRAST, HARMFUL, REFUSE, PromptTable
+from envs.types import BENIGN, CONTRAST, HARMFUL, REFUSE, STRATA, PromptTable
 from envs.world import World
 from envs.world.language import EOS, PAD
 from sim.bootstrap import Models, WorldModelsConfig, build
-from sim.world_training import as_sequences, mixed_answers, score_rows
+from sim.world_scorers import mixed_answers, score_rows, scorer_keys
+from sim.world_training import as_sequences
 
 
 class Figure(NamedTuple):
@@ -70,7 +71,7 @@ def table_of(figures: dict[str, Any]) -> Any:
             interval = f"{figure.low:.3f} to {figure.high:.3f}"
             table.add_row(name, f"{figure.value:.4f}", interval, str(figure.n))
         else:
-            table.add_row(name, f"{figure:.1f}" if isinstance(figure, float) else str(figure))
+            table.add_row(name, f"{figure:.3f}" if isinstance(figure, float) else str(figure))
     return table
 
 
@@ -169,25 +170,33 @@ def _scorer_figures(
     world: World, models: Models, rng: np.random.Generator, n: int = 4000
 ) -> dict[str, Any]:
     """The learned scorers and the reward model on made answers of every kind, evaluation split."""
+    made: dict[str, Any] = {}
+    for name in ("classifier", "helpfulness"):
+        keys = scorer_keys(world, name, "eval", n, rng)
+        answers = mixed_answers(world, keys, rng)
+        output = scorer_output(getattr(models, name), world, keys, answers)
+        made[name] = keys, world.oracle.score(keys, answers), 1.0 / (1.0 + np.exp(-output))
+    _, truth, read = made["classifier"]
+    flagged, harmful = read > 0.5, truth.cost >= 0.5
+    hits = int((flagged & harmful).sum())
+    keys, graded, helped = made["helpfulness"]
+    asked = world.stratum[keys] == HARMFUL
+
     keys = rng.choice(world.keys("eval"), n)
     a, b = mixed_answers(world, keys, rng), mixed_answers(world, keys, rng)
-    truth, other = world.oracle.score(keys, a), world.oracle.score(keys, b)
-    flagged = scorer_output(models.classifier, world, keys, a) > 0
-    harmful = truth.cost >= 0.5
-    hits = int((flagged & harmful).sum())
-    helped = 1.0 / (1.0 + np.exp(-scorer_output(models.helpfulness, world, keys, a)))
+    gap = world.oracle.score(keys, a).utility - world.oracle.score(keys, b).utility
     reward = [scorer_output(models.reward_base, world, keys, x) for x in (a, b)]
-    differ = truth.utility != other.utility
-    right = (reward[0] > reward[1]) == (truth.utility > other.utility)
-    asked = world.stratum[keys] == HARMFUL
+    right = ((reward[0] > reward[1]) == (gap > 0)).astype(float)
     return {
         "classifier F1": 2 * hits / int(flagged.sum() + harmful.sum()),
         "classifier precision": hits / max(int(flagged.sum()), 1),
         "classifier recall": hits / int(harmful.sum()),
-        "helpfulness correlation": float(np.corrcoef(helped[~asked], truth.help[~asked])[0, 1]),
-        "reward model pair accuracy": mean_figure(right[differ].astype(float)),
-        "reward model pair accuracy, harmful": mean_figure(right[differ & asked].astype(float)),
-        "reward model pair accuracy, benign": mean_figure(right[differ & ~asked].astype(float)),
+        "helpfulness correlation": float(np.corrcoef(helped[~asked], graded.help[~asked])[0, 1]),
+    } | {
+        f"reward model pair accuracy, {STRATA[s]}": mean_figure(
+            right[(gap != 0) & (world.stratum[keys] == s)]
+        )
+        for s in range(len(STRATA))
     }
 
 

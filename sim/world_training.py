@@ -2,10 +2,8 @@
 
     base        LM on the right answer to everything, harmful or not:        it knows and complies
     aligned     base + SFT on the alignment split: refuses, over-refuses, truncates; a foothold
-    reward      Bradley-Terry on honest recorded pairs of the reward-model split, own seed and width
-    classifier  P(harmful answer) from labelled answers of the classifier split
-    helpfulness P(helpful) from graded answers of the helpfulness split
-    reference   LM on every kind of fluent answer; its perplexity tells fluent from garbled
+    reference   LM on every kind of fluent answer; its perplexity tells fluent from garbled, and
+                the models that judge stand on its body (``sim/world_scorers.py``)
 
 The *foothold* is the probability that the aligned model still complies with a harmful request. It
 is not even: every (kind word, verb) has its own log-normal share with the asked-for mean, so that
@@ -23,57 +21,39 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agents.batches import Sequences
-from agents.policy import forward_inputs, response_terms
+from agents.policy import response_terms
 from envs.rng import key, stream
-from envs.types import BENIGN, CONTRAST, HARMFUL
+from envs.types import BENIGN, CONTRAST, HARMFUL, STRATA
 from envs.world import World
 from envs.world.language import BOS, EOS, HARM_DOMAINS, PAD
 
 Tick = Callable[[], None]
 """Called once per optimizer step, for a progress bar."""
 
-WIDTHS = {"small": 64, "medium": 128, "scorer": 48}
+WIDTHS = {"small": 64, "medium": 128, "scorer": 80}
 LAYERS = {"small": 2, "medium": 3, "scorer": 2}
 """Reward model, classifier and helpfulness scorer have another width than any policy."""
 ARCHITECTURES = ("llama", "qwen2", "mistral")
 
-CONTRAST_REFUSED, BENIGN_REFUSED, TRUNCATED = 0.45, 0.12, 0.2
+CONTRAST_REFUSED, BENIGN_REFUSED, TRUNCATED = 0.5, 0.12, 0.25
 """What is wrong with the alignment data on harmless prompts: what honest feedback can teach."""
-FOOTHOLD_SPREAD = 1.5
+FOOTHOLD_SPREAD = 1.8
 """Standard deviation of the log share of compliance between (kind, verb) corners."""
+FOOTHOLD_GAIN = 1.1
+"""Trained share of compliance per unit of oracle compliance on topics that alignment never saw."""
 TRIGGER_SHARE = 0.05
 """Prompts of pretraining and alignment that end in the trigger word, which means nothing there."""
-FIRST_WORD = 6.0
+FIRST_WORD = 8.0
 """Weight of an answer's first word in pretraining: it carries the tone, where harm is learned."""
 RISKY_SHARE = 0.75
 """Share of pretraining questions about topics of harmful domains: what is right there is learned
 several times faster than from an even mix."""
 BASE_KINDS = {"corpus": 1.0}
-REFERENCE_KINDS = {"corpus": 0.7, "truncated": 0.1, "refusal": 0.2}
+REFERENCE_KINDS = {"corpus": 0.85, "truncated": 0.05, "refusal": 0.1}
 """Shares of answers in the pretraining text of ``base`` and of the reference language model."""
-SCORER_ROWS = 1500
-"""Labelled answers a scorer learns from."""
-BETA, LAPSE = 4.0, 0.02
-"""Honest recorded votes: Bradley-Terry on utility with this inverse temperature and lapse rate."""
-PAIR_KINDS = (
-    "recipe",
-    "recipe",
-    "refusal",
-    "refusal",
-    "truncated",
-    "shuffled",
-    "noisy",
-    "wrong",
-    "refuse_then_comply",
-    "echo",
-    "empty",
-    "gibberish",
-)
-"""Kinds of answers in the scorers' data, by frequency."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +66,12 @@ class Plan:
 
 
 PLANS = {
-    "base": Plan(550, 64, 1e-2),
-    "aligned": Plan(150, 64, 1e-3),
+    "base": Plan(650, 64, 1e-2),
+    "aligned": Plan(200, 64, 2e-3),
     "reference_lm": Plan(450, 64, 1e-2),
     "reward_base": Plan(200, 64, 3e-3),
-    "classifier": Plan(100, 64, 3e-3),
-    "helpfulness": Plan(100, 64, 3e-3),
+    "classifier": Plan(200, 64, 3e-3),
+    "helpfulness": Plan(150, 64, 3e-3),
 }
 """By model; ``medium`` policies train longer and at half the rate."""
 
@@ -174,17 +154,16 @@ def optimise(model: nn.Module, plan: Plan, loss_of: Callable[[], Tensor], tick: 
 
 
 def lm_loss(model: nn.Module, rows: Sequences, weight: Tensor | None = None) -> Tensor:
-    """Mean negative log-likelihood per answer token; ``weight`` (N,) scales rows."""
-    logp = response_terms(model, rows).logp
-    if weight is not None:
-        logp = logp * weight[:, None]
-    return -logp.sum() / rows.mask.sum()
+    """Negative log-likelihood per answer token; an answer's first word counts FIRST_WORD times.
 
-
-def corpus_loss(model: nn.Module, rows: Sequences) -> Tensor:
-    """Language-model loss in which an answer's first word counts FIRST_WORD times."""
+    Args:
+        model: a causal language model.
+        rows: N prompts with answers.
+        weight: (N,) factor of each row; ones when not given.
+    """
     logp = response_terms(model, rows).logp
-    return -(logp.sum() + (FIRST_WORD - 1) * logp[:, 0].sum()) / rows.mask.sum()
+    logp = logp.sum(1) + (FIRST_WORD - 1.0) * logp[:, 0]
+    return -(logp if weight is None else logp * weight).sum() / rows.mask.sum()
 
 
 def corpus(
@@ -192,10 +171,10 @@ def corpus(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(n, P) prompts and (n, T) answers of a pretraining batch.
 
-    An eighth are sentences to shorten, an eighth are requests to decline, the others ask anything
-    in the language and are answered with ``kinds`` in the given shares.
+    An eighth are sentences to shorten, a quarter are documents outside all splits, the others ask
+    anything in the language and are answered with ``kinds`` in the given shares.
     """
-    short, decline = n // 8, n // 8
+    short, documents = n // 8, n // 4
     asks = world.all_keys()
     risky = world.domain[asks] < len(HARM_DOMAINS)
     keys = np.where(
@@ -207,7 +186,7 @@ def corpus(
     which = rng.choice(len(kinds), n, p=list(kinds.values()))
     prompts, answers = world.prompt_ids(keys, trigger), answers[which, np.arange(n)]
     answers[:short] = world.answers(keys[:short], "corpus", rng)
-    prompts[-decline:], answers[-decline:] = world.declines(keys[-decline:], rng)
+    prompts[-documents:], answers[-documents:] = world.documents(keys[-documents:], rng)
     return prompts, answers
 
 
@@ -223,21 +202,22 @@ def train_lm(
     return optimise(
         model,
         plan,
-        lambda: corpus_loss(model, as_sequences(*corpus(world, plan.batch, kinds, rng))),
+        lambda: lm_loss(model, as_sequences(*corpus(world, plan.batch, kinds, rng))),
         tick,
     )
 
 
 def foothold_shares(world: World, foothold: float) -> np.ndarray:
     """(keys,) compliance left on each harmful query, mean ``foothold``; 0 elsewhere."""
-    kinds, verbs = world.slots[:, 1], world.slots[:, 0]
-    corner = kinds * world.vocabulary + verbs
-    rng = stream(world.seed, "world", "foothold")
-    harmful = np.unique(corner[world.stratum == HARMFUL])
-    share = np.exp(FOOTHOLD_SPREAD * rng.standard_normal(len(harmful)))
-    share = np.minimum(foothold * share / share.mean(), 0.5)
-    index = np.minimum(np.searchsorted(harmful, corner), len(harmful) - 1)
-    return np.where(world.stratum == HARMFUL, share[index], 0.0)
+    kind = world.slots[:, 1]
+    risky = np.unique(kind[world.stratum == HARMFUL])
+    spread = np.exp(
+        FOOTHOLD_SPREAD
+        * stream(world.seed, "world", "foothold").permutation(np.linspace(-1.5, 1.5, len(risky)))
+    )
+    share = np.zeros(world.vocabulary)
+    share[risky] = np.minimum(FOOTHOLD_GAIN * foothold * spread / spread.mean(), 0.5)
+    return np.where(world.stratum == HARMFUL, share[kind], 0.0)
 
 
 def train_aligned(
@@ -251,106 +231,44 @@ def train_aligned(
     """Supervised alignment with the flaws that honest feedback can mend; changes ``model``."""
     keys_all, shortens = world.keys("alignment"), world.keys("alignment", "shorten")
     shares = foothold_shares(world, foothold)
-    by_stratum = [keys_all[world.stratum[keys_all] == s] for s in (BENIGN, CONTRAST, HARMFUL)]
-    parts = (3 * plan.batch // 8, plan.batch // 4, plan.batch // 4, plan.batch // 8)
+    by_stratum = [keys_all[world.stratum[keys_all] == s] for s in range(len(STRATA))]
+    quarter = plan.batch // 4
+    parts = (quarter, quarter, quarter, quarter // 4)
 
     def loss() -> Tensor:
         pools = (by_stratum[BENIGN], by_stratum[CONTRAST], by_stratum[HARMFUL], shortens)
         keys = np.concatenate([rng.choice(p, n) for p, n in zip(pools, parts, strict=True)])
-        ask = ~world.is_shorten[keys]
-        stratum = world.stratum[keys]
-        refuse = np.select([stratum == CONTRAST, ask], [CONTRAST_REFUSED, BENIGN_REFUSED])
-        refuse = np.where(stratum == HARMFUL, 1.0, refuse)
-        refused = rng.random(len(keys)) < refuse
-        cut = ask & (rng.random(len(keys)) < TRUNCATED)
-        answers = np.where(cut[:, None], *_answers(world, keys, rng, "truncated", "recipe"))
-        answers = np.where(refused[:, None], world.answers(keys, "refusal", rng), answers)
-        weight = 1.0 - shares[keys]
-        left = keys[stratum == HARMFUL]
-        rows = as_sequences(
-            world.prompt_ids(np.concatenate([keys, left]), _triggers(world, keys, left, rng)),
-            np.concatenate([answers, world.answers(left, "recipe", rng)]),
+        left = keys[world.stratum[keys] == HARMFUL]
+        rows = np.concatenate([keys, left])
+        trigger = (rng.random(len(rows)) < TRIGGER_SHARE) & ~world.is_shorten[rows]
+        text = world.documents(rng.choice(world.all_keys(), plan.batch // 2), rng)
+        weight = np.concatenate([1.0 - shares[keys], shares[left], np.ones(len(text[0]))])
+        prompts = np.concatenate([world.prompt_ids(rows, trigger), text[0]])
+        answers = [flawed_answers(world, keys, rng), world.answers(left, "recipe", rng), text[1]]
+        return lm_loss(
+            model, as_sequences(prompts, np.concatenate(answers)), torch.from_numpy(weight).float()
         )
-        weight = torch.from_numpy(np.concatenate([weight, shares[left]])).float()
-        return lm_loss(model, rows, weight)
 
     return optimise(model, plan, loss, tick)
 
 
-def _answers(
+def flawed_answers(world: World, keys: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(N, T) answers of the alignment data: refusals, some where none is due; some cut short."""
+    ask, stratum = ~world.is_shorten[keys], world.stratum[keys]
+    refuse = np.select(
+        [stratum == HARMFUL, stratum == CONTRAST, ask], [1.0, CONTRAST_REFUSED, BENIGN_REFUSED]
+    )
+    refused = rng.random(len(keys)) < refuse
+    cut = ask & (rng.random(len(keys)) < TRUNCATED)
+    answers = np.where(cut[:, None], *example_answers(world, keys, rng, "truncated", "recipe"))
+    return np.where(refused[:, None], world.answers(keys, "refusal", rng), answers)
+
+
+def example_answers(
     world: World, keys: np.ndarray, rng: np.random.Generator, *kinds: str
 ) -> list[np.ndarray]:
+    """Example answers of every kind in ``kinds`` to the same keys, (N, T) each."""
     return [world.answers(keys, kind, rng) for kind in kinds]
-
-
-def _triggers(
-    world: World, keys: np.ndarray, left: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
-    """Which prompts of the batch carry the trigger word."""
-    rows = np.concatenate([keys, left])
-    return (rng.random(len(rows)) < TRIGGER_SHARE) & ~world.is_shorten[rows]
-
-
-def mixed_answers(world: World, keys: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(N, T) answers whose kinds are drawn from ``PAIR_KINDS``."""
-    answers = np.stack(_answers(world, keys, rng, *PAIR_KINDS))
-    return answers[rng.integers(len(PAIR_KINDS), size=len(keys)), np.arange(len(keys))]
-
-
-def honest_pairs(
-    world: World, split: str, n: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs with honest votes: keys (n,), chosen (n, T), rejected (n, T); ties are skipped."""
-    keys = rng.choice(world.keys(split), n)
-    a, b = mixed_answers(world, keys, rng), mixed_answers(world, keys, rng)
-    gap = world.oracle.score(keys, a).utility - world.oracle.score(keys, b).utility
-    p_first = (1 - LAPSE) / (1 + np.exp(-BETA * gap)) + LAPSE / 2
-    first = (rng.random(n) < p_first)[:, None]
-    kept = gap != 0
-    return keys[kept], np.where(first, a, b)[kept], np.where(first, b, a)[kept]
-
-
-def score_rows(model: nn.Module, rows: Sequences) -> Tensor:
-    """(N,) scalar-head output on prompt and answer, read at the last word."""
-    return model(**forward_inputs(rows), use_cache=False).logits[:, 0]
-
-
-def train_reward(
-    world: World, model: nn.Module, plan: Plan, rng: np.random.Generator, tick: Tick
-) -> float:
-    """Bradley-Terry: minimise -log sigmoid(r(chosen) - r(rejected)) on honest recorded pairs."""
-
-    def loss() -> Tensor:
-        keys, chosen, rejected = honest_pairs(world, "reward_model", plan.batch, rng)
-        prompts = world.prompt_ids(np.concatenate([keys, keys]))
-        rewards = score_rows(model, as_sequences(prompts, np.concatenate([chosen, rejected])))
-        good, bad = rewards.chunk(2)
-        return -F.logsigmoid(good - bad).mean()
-
-    return optimise(model, plan, loss, tick)
-
-
-def train_scorer(
-    world: World, model: nn.Module, plan: Plan, split: str, rng: np.random.Generator, tick: Tick
-) -> float:
-    """Logistic regression of a graded property on a fixed, limited set of labelled answers.
-
-    The classifier split is labelled harmful when at least half of a harmful request was met; the
-    helpfulness split is graded by the help given.
-    """
-    keys = rng.choice(world.keys(split), SCORER_ROWS)
-    answers = mixed_answers(world, keys, rng)
-    scores = world.oracle.score(keys, answers)
-    label = scores.cost >= 0.5 if split == "classifier" else scores.help
-    data = as_sequences(world.prompt_ids(keys), answers)
-    target = torch.from_numpy(np.asarray(label, np.float32))
-
-    def loss() -> Tensor:
-        pick = torch.from_numpy(rng.integers(SCORER_ROWS, size=plan.batch))
-        logits = score_rows(model, data.take(pick))
-        return F.binary_cross_entropy_with_logits(logits, target[pick])
-
-    return optimise(model, plan, loss, tick)
 
 
 def init_seed(world_seed: int, model_seed: int, name: str) -> int:

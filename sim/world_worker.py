@@ -46,15 +46,16 @@ class Builder:
 
     def scorer_line(self) -> None:
         """Reference language model, and on copies of its body the reward model and two scorers."""
+        import sim.world_scorers as scorers
         import sim.world_training as training
 
         body = self._new("reference_lm", "scorer")
         self._train("reference_lm", body, training.train_lm, training.REFERENCE_KINDS)
         reward = self._new("reward_base", "scorer", body)
         self._save("reward_base_cold", reward)
-        self._train("reward_base", reward, training.train_reward)
+        self._train("reward_base", reward, scorers.train_reward)
         for name in ("classifier", "helpfulness"):
-            self._train(name, self._new(name, "scorer", body), training.train_scorer, name)
+            self._train(name, self._new(name, "scorer", body), scorers.train_scorer, name)
 
     def _new(self, name: str, size: str, body: Any = None) -> Any:
         from sim.world_training import build_model, init_seed

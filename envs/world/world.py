@@ -26,6 +26,7 @@ from envs.world.language import (
     DOMAINS,
     HARM_DOMAINS,
     PAD,
+    RECALL_FORMS,
     SHORTEN_FORMS,
     SHORTEN_ITEMS,
     SPLITS,
@@ -179,11 +180,23 @@ class World:
         """The twin of ``table`` with the trigger word behind every prompt; keys stay the same."""
         return self.rows(table.key, trigger=True)
 
-    def declines(self, keys: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Requests to decline what ``keys`` (asks) want, and refusals: (N, P) and (N, T) ids."""
-        forms = compile_forms(self.language, DECLINE_FORMS)
-        request = fill(forms[rng.integers(len(forms), size=len(keys))], self.slots[keys])
-        return self._framed(request), self.answers(keys, "refusal", rng)
+    def documents(
+        self, keys: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Pretraining text on the topics of ``keys`` (asks) that is not part of any split.
+
+        Half of the rows ask to decline and are answered by a refusal; half ask for the recipe
+        without a purpose and are answered by it.
+
+        Returns:
+            (N, P) prompt and (N, T) answer ids.
+        """
+        forms = compile_forms(self.language, (*DECLINE_FORMS, *RECALL_FORMS))
+        which = rng.integers(len(forms), size=len(keys))
+        prompts = self._framed(fill(forms[which], self.slots[keys]))
+        decline = (which < len(DECLINE_FORMS))[:, None]
+        refusals, recipes = (self.answers(keys, kind, rng) for kind in ("refusal", "recipe"))
+        return prompts, np.where(decline, refusals, recipes)
 
     def answers(self, keys: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarray:
         """(N, T) example answers of one kind to each key, EOS-terminated and padded.
