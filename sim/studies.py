@@ -23,7 +23,7 @@ GRID = (0.02, 0.05, 0.1, 0.2, 0.4)
 """The default attack's shares of adversaries; the clean arm is its 0."""
 FLIPS = 0.25
 """Share of labels flipped in the arm that asks which learners break under plain noise."""
-HORIZON = 30
+HORIZON = 25
 """Rounds of the grid and of the flips."""
 UPDATES = 50
 """Optimizer steps within which rho = 1 has to break every learner."""
@@ -42,7 +42,7 @@ def replicates(config: Config, worlds: Iterable[int], seeds: Iterable[int]) -> l
 
 def demo() -> Arms:
     """Clean, poisoned, poisoned and defended, poisoned and frozen."""
-    clean = preset("demo")
+    clean = replace(preset("demo"), checkpoint_every=5)
     poisoned = replace(clean, attack=AttackConfig(DEFAULT_ATTACK, rho=0.4))
     arms = {
         "clean": clean,
@@ -54,19 +54,22 @@ def demo() -> Arms:
 
 
 def tuning() -> Arms:
-    """Every learner's settings at rho = 0 (60 rounds) and rho = 1 (the rounds of 50 updates)."""
+    """Every learner's settings at rho = 0 (40 rounds) and rho = 1 (the rounds of 50 updates)."""
     settings: list[tuple[str, dict[str, float]]] = [
-        *(("grpo", {"lr": lr, "beta": beta}) for lr in (5e-4, 1e-3) for beta in (0.05, 0.1)),
-        *(("ppo", {"lr": lr, "kl": kl}) for lr in (5e-4, 1e-3) for kl in (0.05, 0.2)),
-        *(("dpo", {"lr": lr, "beta": beta}) for lr in (2e-4, 3e-4) for beta in (0.1, 0.3)),
+        *(("grpo", {"lr": lr, "beta": 0.1}) for lr in (2e-4, 5e-4, 1e-3)),
+        *(("ppo", {"lr": lr, "kl": 0.2}) for lr in (2e-4, 5e-4, 1e-3)),
+        *(("dpo", {"lr": lr, "beta": 0.1}) for lr in (1e-4, 2e-4, 4e-4)),
         *(("sft", {"lr": lr}) for lr in (1e-4, 2e-4, 4e-4)),
+        ("grpo", {"lr": 5e-4, "beta": 0.03}),
+        ("ppo", {"lr": 5e-4, "kl": 0.05}),
+        ("dpo", {"lr": 2e-4, "beta": 0.3}),
     ]
     arms: Arms = {}
     measured = EvaluationConfig(every=5, n_true=0)
     for name, setting in settings:
         learner = registry.get(name)(**setting)
         label = f"{name} {' '.join(f'{k}={v:g}' for k, v in setting.items())}"
-        clean = Config(rounds=60, learner=learner, evaluation=measured, checkpoint_every=20)
+        clean = Config(rounds=40, learner=learner, evaluation=measured, checkpoint_every=20)
         for case, config in (("clean", clean), ("rho=1", full_attack(clean))):
             arms[f"{label} {case}"] = replicates(config, DEVELOPMENT_WORLDS, (0,))
     return arms

@@ -37,7 +37,7 @@ from agents.policy import response_terms
 class DPOConfig(OptimizerConfig):
     """Online DPO: the round's new labels, against the frozen reference."""
 
-    lr: float = 3e-4
+    lr: float = 2e-4
     """Learning rate."""
     minibatch: int = 32
     """Pairs per optimizer step."""

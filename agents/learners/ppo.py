@@ -42,11 +42,9 @@ from agents.policy import response_terms
 class PPOConfig(OptimizerConfig):
     """PPO: value head, GAE, clipped ratio and value, KL in the reward."""
 
-    lr: float = 3e-4
+    lr: float = 5e-4
     """Learning rate."""
-    epochs: int = 2
-    """Passes over a round's rollouts."""
-    kl: float = 0.05
+    kl: float = 0.2
     """Coefficient c of the per-token KL penalty; the start value when adaptive."""
     kl_control: Literal["fixed", "adaptive"] = "fixed"
     """Keep c, or steer the sequence KL to ``kl_target``."""

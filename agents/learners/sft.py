@@ -31,7 +31,7 @@ from agents.policy import response_terms
 class SFTConfig(OptimizerConfig):
     """Online SFT on the preferred responses."""
 
-    lr: float = 3e-4
+    lr: float = 2e-4
     """Learning rate."""
     minibatch: int = 32
     """Responses per optimizer step."""
