@@ -13,8 +13,7 @@ def when(clocks: dict[str, Any] | None) -> str:
     """An exit's clocks in words."""
     if clocks is None:
         return "none"
-    rounds = clocks.get("rounds", clocks.get("round"))
-    return f"round {rounds:.0f} ({clocks.get('labels', 0):.0f} labels)"
+    return f"round {clocks['rounds']:.0f} ({clocks.get('labels', 0):.0f} labels)"
 
 
 def verdict(summary: dict[str, Any]) -> str:

@@ -88,4 +88,4 @@ def true_crossing(
         agent.policy.model.load_state_dict(final)
     row = measured[high]
     clocks = {k.removeprefix("clock/"): v for k, v in row.items() if k.startswith("clock/")}
-    return {"round": row["round"], **clocks}
+    return {"rounds": row["round"], **clocks}

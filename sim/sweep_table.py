@@ -62,7 +62,7 @@ def _run_row(cell: Any, failure: str | None) -> dict[str, Any]:
         "exit_round": exit_confirmed.get("rounds"),
         "exit_label": exit_confirmed.get("labels"),
         "exit_optimizer_step": exit_confirmed.get("optimizer_steps"),
-        "exit_true_round": exit_true.get("rounds", exit_true.get("round")),
+        "exit_true_round": exit_true.get("rounds"),
         "occupancy": summary.get("occupancy"),
         "failure": failure,
         "path": str(cell.path),

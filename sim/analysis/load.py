@@ -84,7 +84,7 @@ class Run:
     def exit_round(self, kind: str) -> int | None:
         """Round of the ``naive``, ``confirmed`` or ``true`` exit; None when there was none."""
         when = self.summary.get(f"exit_{kind}")
-        return None if when is None else int(when["rounds"] if "rounds" in when else when["round"])
+        return None if when is None else int(when["rounds"])
 
     def table(self, name: str) -> pd.DataFrame:
         """Join the parts of ``labels``, ``truth`` or ``samples``; empty if there are none."""

@@ -70,7 +70,7 @@ def write_run(
     (path / "rounds.jsonl").write_text("\n".join(lines) + "\n")
     summary = monitor.summary() | {"exit_true": None, "help_gain": 0.2, "learning_retained": 0.9}
     if summary["exit_confirmed"]:
-        summary["exit_true"] = {"round": int(crossing) - 1, "labels": 64 * (int(crossing) - 1)}
+        summary["exit_true"] = {"rounds": int(crossing) - 1, "labels": 64 * (int(crossing) - 1)}
     (path / "summary.json").write_text(json.dumps(summary, allow_nan=False))
     return path
 
