@@ -108,13 +108,11 @@ class Agent:
         self.policy.version = self.round
         metrics |= self.stack.ctx.metrics
         self.stack.ctx.metrics = {}
-        newest = slice(len(self.replay) - count, None)
-        columns = self.replay.columns
         if not count:
             empty = np.zeros(0, np.float32)
             return Learned(np.zeros(0, np.int64), empty, empty, metrics)
-        final = (columns[name][newest].copy() for name in ("label_id", "target", "weight"))
-        return Learned(*final, metrics)
+        newest = {name: column[-count:].copy() for name, column in self.replay.columns.items()}
+        return Learned(newest["label_id"], newest["target"], newest["weight"], metrics)
 
     def _aggregate(self, log: LabelBatch) -> LabelBatch:
         """The label hooks, once for each defence, whichever learner it targets."""

@@ -36,7 +36,7 @@ class Sequences(_Columns):
     __slots__ = ()
 
     @classmethod
-    def _make(cls, iterable: Iterable[Tensor]) -> Sequences:
+    def _make(cls, iterable: Iterable[Tensor]) -> Sequences:  # type: ignore[override]
         """Behind ``_replace``; the tuple's own compares ``len`` with the number of columns."""
         return cls(*iterable)
 

@@ -94,7 +94,7 @@ class FeedbackEnv(gym.Env, RecordConstructorArgs):
         ValueError: an argument out of range or unknown; the message names it and what is allowed.
     """
 
-    metadata = {"render_modes": []}
+    metadata: dict[str, Any] = {"render_modes": []}
 
     def __init__(
         self,

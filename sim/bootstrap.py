@@ -246,11 +246,11 @@ def _train_side_by_side(config: WorldModelsConfig, work: Path, advance: Any) -> 
         for listener in listeners:
             listener.join()
     for line, worker in workers:
-        log = work / f"{line}.log"
+        output = work / f"{line}.log"
         if worker.returncode:
-            last = "\n".join(log.read_text(errors="replace").splitlines()[-8:])
+            last = "\n".join(output.read_text(errors="replace").splitlines()[-8:])
             raise RuntimeError(f"building the {line} of world {config.world_seed} failed:\n{last}")
-        log.unlink()
+        output.unlink()
 
 
 def _listen(lines: IO[str], advance: Any) -> None:

@@ -234,8 +234,8 @@ class Record:
     def _drop_after(self, commits: list[dict[str, Any]]) -> None:
         """Remove everything that no remaining commit vouches for."""
         known = {name for commit in commits for name in commit["files"]}
-        for folder in (*TABLES, "policies", "checkpoints"):
-            for path in sorted((self.path / folder).rglob("*")):
+        for name in (*TABLES, "policies", "checkpoints"):
+            for path in sorted((self.path / name).rglob("*")):
                 if path.is_file() and str(path.relative_to(self.path)) not in known:
                     path.unlink()
         for folder in sorted((self.path / "checkpoints").glob("*")):

@@ -55,7 +55,7 @@ def run(
     monitor = make_monitor(config, scenario)
     clocks, scored = Clocks(), Scored(config.feedback.delay)
     record = record or Record.create(Path(out), manifest(config, scenario))
-    parts = {"agent": agent, "monitor": monitor, "clocks": clocks, "scored": scored}
+    parts: dict[str, Any] = {"agent": agent, "monitor": monitor, "clocks": clocks, "scored": scored}
     parts["env"] = env.unwrapped
 
     def measure(round: int) -> dict[str, Any]:

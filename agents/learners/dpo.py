@@ -90,9 +90,12 @@ class DPO(Learner):
         n = len(batch.target)
         ref_a, ref_b = logp_ref.split(n)
         paired = _Referenced(**vars(batch), ref_a=ref_a, ref_b=ref_b)
-        return accumulate(
-            paired, n, self.config.micro_batch, lambda part: self.item_terms(part, float(n))
-        )
+
+        def terms(part: PairBatch) -> ItemTerms:
+            assert isinstance(part, _Referenced)
+            return self.item_terms(part, float(n))
+
+        return accumulate(paired, n, self.config.micro_batch, terms)
 
     def item_terms(self, batch: _Referenced, normaliser: float) -> ItemTerms:
         """Per-pair losses; a and b share one forward pass."""
