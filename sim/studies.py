@@ -57,11 +57,11 @@ def tuning() -> Arms:
     """Every learner's settings at rho = 0 (40 rounds) and rho = 1 (the rounds of 50 updates)."""
     settings: list[tuple[str, dict[str, float]]] = [
         *(("grpo", {"lr": lr, "beta": 0.1}) for lr in (5e-4, 1e-3)),
-        *(("ppo", {"lr": lr, "kl": 0.2}) for lr in (5e-4, 1e-3)),
+        *(("ppo", {"lr": lr, "kl": 0.2}) for lr in (2e-4, 5e-4)),
         *(("dpo", {"lr": lr, "beta": 0.1}) for lr in (2e-4, 4e-4)),
         *(("sft", {"lr": lr}) for lr in (1e-4, 2e-4)),
         ("grpo", {"lr": 5e-4, "beta": 0.03}),
-        ("ppo", {"lr": 5e-4, "kl": 0.05}),
+        ("ppo", {"lr": 2e-4, "kl": 0.05}),
         ("dpo", {"lr": 2e-4, "beta": 0.3}),
     ]
     arms: Arms = {}

@@ -42,7 +42,7 @@ from agents.policy import response_terms
 class PPOConfig(OptimizerConfig):
     """PPO: value head, GAE, clipped ratio and value, KL in the reward."""
 
-    lr: float = 5e-4
+    lr: float = 2e-4
     """Learning rate."""
     kl: float = 0.2
     """Coefficient c of the per-token KL penalty; the start value when adaptive."""
