@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from agents.batches import LabelBatch, PairBatch, RolloutBatch, Sequences, SFTBatch
-from agents.defence import Defence, DefenceStack, StopLearning
+from agents.defence import DefenceStack, StopLearning
 from agents.engines.transformers_engine import Sampled
 from agents.learners.reward_model import RewardModel
 from agents.learners.update import Diverged, Learner
@@ -106,22 +106,30 @@ class Agent:
             self.stack.ctx.log({f"defence/stopped/{stop}": 1.0})
         self.round += 1
         self.policy.version = self.round
-        metrics |= self.stack.ctx.metrics
-        self.stack.ctx.metrics = {}
+        metrics |= self._logged()
         if not count:
             empty = np.zeros(0, np.float32)
             return Learned(np.zeros(0, np.int64), empty, empty, metrics)
         newest = {name: column[-count:].copy() for name, column in self.replay.columns.items()}
         return Learned(newest["label_id"], newest["target"], newest["weight"], metrics)
 
+    def _logged(self) -> dict[str, float]:
+        """What defences logged this round; those of the reward model under its name."""
+        found: dict[str, float] = {}
+        for name, stack in self.stacks().items():
+            prefix = "" if name == "policy" else f"{name}/"
+            found |= {f"{prefix}{key}": value for key, value in stack.ctx.metrics.items()}
+            stack.ctx.metrics = {}
+        return found
+
     def _aggregate(self, log: LabelBatch) -> LabelBatch:
-        """The label hooks, once for each defence, whichever learner it targets."""
-        met: list[Defence] = []
+        """The label hooks, once for each defence in the list, whichever learners it targets."""
+        met: set[int] = set()
         for stack in self.stacks().values():
-            for member in stack.acting:
-                if member not in met:
+            for place, member in zip(stack.places, stack.members, strict=True):
+                if stack.acting and place not in met:
                     log = member.feedback(stack.ctx, log)
-                    met.append(member)
+                    met.add(place)
         return log
 
     def _learn_policy(self, count: int, seed: int) -> dict[str, float]:

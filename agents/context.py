@@ -48,7 +48,7 @@ class Context:
         tokenizer: of the policy.
         data: data roles by name.
         rng: a generator of the defences' own.
-        step: optimizer steps taken; ``total_steps``: planned, or None when open-ended.
+        step: optimizer steps taken.
     """
 
     def __init__(
@@ -61,14 +61,12 @@ class Context:
         scorers: Mapping[str, Scorer] | None = None,
         sampler: Any = None,
         seed: int = 0,
-        total_steps: int | None = None,
     ):
         self.learner = learner
         self.model = model
         self.tokenizer = tokenizer
         self.data = dict(data or {})
         self.step = 0
-        self.total_steps = total_steps
         self.rng = torch.Generator().manual_seed(draws.key(seed, "defence", learner))
         self.metrics: dict[str, float] = {}
         self._policy = policy

@@ -85,14 +85,19 @@ class DefenceStack:
     """An ordered list of defences acting on one learner.
 
     Args:
-        members: the run's defences; those that do not target ``ctx.learner`` are left out.
+        members: the run's defences, built for this learner alone, since they keep state; those
+            that do not target ``ctx.learner`` are left out.
         ctx: the learner's context.
         acting: False when the attacker runs the training loop: only ``prepare`` has acted then.
+
+    Attributes:
+        places: where each member stands in the run's list.
     """
 
     def __init__(self, members: Sequence[Defence], ctx: Context, acting: bool = True):
         self.ctx = ctx
-        self.members = [d for d in members if ctx.learner in d.targets]
+        self.places = [i for i, d in enumerate(members) if ctx.learner in d.targets]
+        self.members = [members[i] for i in self.places]
         self.acting = self.members if acting else []
 
     @property

@@ -18,6 +18,13 @@ def when(clocks: dict[str, Any] | None) -> str:
 
 def verdict(summary: dict[str, Any]) -> str:
     """The outcome of a run in words, with the numbers behind it."""
+    outcome = summary["outcome"]
+    if outcome == "diverged":
+        cause = summary.get("diverged") or {}
+        return (
+            f"DIVERGED in round {cause.get('round', '?')}: {cause.get('reason', '?')}; worst harm "
+            f"until then {number(summary.get('peak_harm'))}"
+        )
     harm = f"harm {number(summary['harm_start'])} -> {number(summary['harm_end'])}"
     limit = number(summary.get("limits", {}).get("harm"))
     helped = (
@@ -25,7 +32,6 @@ def verdict(summary: dict[str, Any]) -> str:
         f"({summary['help_gain']:+.2f})"
     )
     end = f"{harm} (limit {limit}), {helped}"
-    outcome = summary["outcome"]
     if outcome == "exited":
         low, high = summary.get("bracket") or (None, None)
         bracket = f", bracket ({low}, {high}]" if high is not None else ""
@@ -34,9 +40,6 @@ def verdict(summary: dict[str, Any]) -> str:
         return (
             f"LEFT THE SAFE SET: confirmed {when(summary['exit_confirmed'])}{bracket}{true}; {end}"
         )
-    if outcome == "diverged":
-        cause = summary.get("diverged") or {}
-        return f"DIVERGED at round {cause.get('round', '?')}: {cause.get('reason', '?')}; {end}"
     if outcome == "collapsed":
         return f"COLLAPSED (no longer fluent or helpful) {when(summary.get('collapsed_at'))}; {end}"
     if summary["harm_end"] > summary.get("limits", {}).get("harm", 1):
@@ -45,14 +48,17 @@ def verdict(summary: dict[str, Any]) -> str:
     return f"STAYED IN THE SAFE SET for {summary['rounds']} rounds, no confirmed exit; {end}"
 
 
-def closing(summary: dict[str, Any], out: Path, files: list[Path], command: str) -> str:
+def closing(
+    summary: dict[str, Any], out: Path, files: list[Path], words: list[str], plugins: bool = False
+) -> str:
     """The three lines that end a run: outcome, files, what to type next.
 
     Args:
         summary: of ``summary.json``.
         out: the run directory.
         files: pictures and pages that were written.
-        command: what was typed, without its ``--out``.
+        words: what was typed after ``poisonloop run``.
+        plugins: whether the run names code outside the project.
     """
     pages = [str(path) for path in files if path.suffix == ".html"]
     seen = ", ".join(pages) or f"{len(files)} files"
@@ -60,20 +66,36 @@ def closing(summary: dict[str, Any], out: Path, files: list[Path], command: str)
         (
             f"Outcome: {verdict(summary)}",
             f"Files:   {out}/  pictures in {out}/figures/; open {seen}",
-            f"Next:    {advice(summary, out, command)}",
+            f"Next:    {advice(summary, out, words, plugins)}",
         )
     )
 
 
-def advice(summary: dict[str, Any], out: Path, command: str) -> str:
+def advice(summary: dict[str, Any], out: Path, words: list[str], plugins: bool = False) -> str:
     """The command that a person would most likely want to type next."""
-    if summary["outcome"] == "exited" and not summary["defences"]:
-        return f"does a defence hold it?  {command} --defence refusal_loss"
-    if summary["outcome"] == "safe" and not summary["rho"]:
-        return f"now with adversaries:  {command} --rho 0.2"
-    if summary["outcome"] == "safe":
-        longer = 2 * summary["rounds"]
-        return (
-            f"does it hold for longer?  poisonloop resume {shlex.quote(str(out))} --rounds {longer}"
-        )
-    return f"over seeds:  {command.replace('poisonloop run', 'poisonloop sweep', 1)} --seeds 4"
+    outcome = summary["outcome"]
+    if outcome == "diverged":
+        again = retyped("run", words, "--learner.lr")
+        return f"with a lower learning rate:  {again} --learner.lr {summary['lr'] / 10:g}"
+    if outcome == "exited" and not summary["defences"]:
+        return f"does a defence hold it?  {retyped('run', words)} --defence refusal_loss"
+    if outcome == "safe" and not summary["rho"]:
+        again = retyped("run", words, "--rho", "--attack.rho")
+        return f"now with adversaries:  {again} --rho 0.2"
+    if outcome == "safe":
+        longer = f"poisonloop resume {shlex.quote(str(out))} --rounds {2 * summary['rounds']}"
+        trust = " --trust-plugins" if plugins else ""
+        return f"does it hold for longer?  {longer}{trust}"
+    return f"over seeds:  {retyped('sweep', words, '--seed')} --seeds 4"
+
+
+def retyped(command: str, words: list[str], *without: str) -> str:
+    """``words`` as a command line, without ``--out`` and the flags that are to be given anew."""
+    kept: list[str] = []
+    skip = False
+    for word in words:
+        if word.startswith("--"):
+            skip = word.partition("=")[0] in ("--out", *without)
+        if not skip:
+            kept.append(word)
+    return shlex.join(["poisonloop", command, *kept])

@@ -15,6 +15,7 @@ from agents.learners.reward_model import RewardModel, load_reward_model
 from agents.policy import Policy, freeze_copy, load_causal_lm, load_tokenizer
 from agents.replay import Replay
 from envs import rng as draws
+from envs.attacks import attacks
 from envs.monitor import CostMonitor
 from sim.config import Config
 from sim.evaluate import Evaluator
@@ -65,7 +66,6 @@ def make_agent(config: Config, scenario: Scenario, restored: dict[str, Any] | No
     tokenizer = load_tokenizer(scenario.tokenizer)
     policy = Policy(load_causal_lm(scenario.policy), tokenizer, config.sampler.temperature)
     sampler = TransformersSampler(config.sampler, tokenizer)
-    members = [defences.create(spec) for spec in config.defences]
 
     def defended(name: str, model: Any) -> DefenceStack:
         roles = {
@@ -73,6 +73,7 @@ def make_agent(config: Config, scenario: Scenario, restored: dict[str, Any] | No
             for role, rows in scenario.roles.items()
         }
         ctx = Context(name, model, tokenizer, policy, roles, {}, sampler, config.seed)
+        members = [defences.create(spec) for spec in config.defences]
         stack = DefenceStack(members, ctx, acting=config.threat == "online")
         if restored is None:
             stack.prepare()
@@ -108,6 +109,7 @@ def make_evaluator(config: Config, scenario: Scenario) -> Evaluator:
     classifier = None
     if scenario.classifier is not None:
         classifier = freeze_copy(load_reward_model(scenario.classifier, 0))
+    back_door = attacks.create(config.attack.name).appends_trigger
     return Evaluator(
         config=config.evaluation,
         table=scenario.table,
@@ -115,7 +117,7 @@ def make_evaluator(config: Config, scenario: Scenario) -> Evaluator:
         perplexity_model=freeze_copy(load_causal_lm(scenario.perplexity_model)),
         classifier=classifier,
         seed=draws.key(config.seed, "evaluation"),
-        triggered=scenario.triggered if config.attack.name.startswith("trigger") else None,
+        triggered=scenario.triggered if back_door else None,
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
+from sim.checks import plugins
 from sim.config import Config
 from sim.scenario import Scenario
 
@@ -19,14 +21,30 @@ def manifest(config: Config, scenario: Scenario) -> dict[str, Any]:
     return {
         "config": config.to_dict(),
         "command": f"poisonloop run --config manifest.json --out {'<new directory>'}",
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": versions(),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "git": _git_state(),
         "environment": {"id": "FeedbackPoisoning/Live-v0", **scenario.environment},
         "harm_source": scenario.harm_source,
         "model_hashes": scenario.hashes,
+        "plugin_hashes": plugin_hashes(config),
         "data": scenario.data,
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions of the packages that decide a run's numbers."""
+    return {name: _version(name) for name in _PACKAGES}
+
+
+def plugin_hashes(config: Config) -> dict[str, str]:
+    """BLAKE2 of every file that ``config`` names as code, by its spec."""
+    files = {spec: Path(spec.split(":", 1)[0]) for spec in plugins(config)}
+    return {
+        spec: hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
+        for spec, file in files.items()
+        if file.is_file()
     }
 
 

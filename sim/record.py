@@ -3,7 +3,7 @@
     manifest.json                what was asked for, versions, git state, hashes of the models
     rounds.jsonl                 one row per round
     labels/ truth/ samples/      tables as parts, part-<round>.parquet
-    checkpoints/round-<n>/       state.safetensors + state.json: the last two, every k-th
+    checkpoints/round-<n>/       state.safetensors + state.json: the last two
     policies/round-<n>.safetensors   evaluated policies, for the true crossing and for forks
     commits.jsonl                after each checkpoint: every new file's length and hash
     timings.jsonl                wall-clock, kept apart: it is not part of a run's identity
@@ -83,9 +83,8 @@ def _digest(path: Path) -> str:
 class Record:
     """Writes one run directory, and finds its way back into one."""
 
-    def __init__(self, path: Path, keep_every: int = 0):
+    def __init__(self, path: Path):
         self.path = path
-        self.keep_every = keep_every
         self._fresh: list[Path] = []
         self._rounds_hash = hashlib.blake2b(digest_size=16)
         self._rounds_length = 0
@@ -188,16 +187,27 @@ class Record:
         rounds = sorted(int(p.name[-6:]) for p in (self.path / "checkpoints").iterdir())
         kept = {newest, *rounds[-2:]}
         for round in rounds:
-            if round not in kept and not (self.keep_every and round % self.keep_every == 0):
+            if round not in kept:
                 shutil.rmtree(self._folder(round))
 
     def restore(self) -> tuple[int, dict[str, Any]] | None:
-        """Go back to the newest intact commit: its round and state, or None."""
+        """Go back to the newest intact commit: its round and state, or None.
+
+        Raises:
+            ValueError: a table or policy of an earlier commit is damaged or gone, which no
+                resuming can mend.
+        """
         from safetensors.torch import load_file
 
         commits = self._commits()
         while commits and not self._intact(commits[-1]):
             commits.pop()
+        for name, written in (item for commit in commits for item in commit["files"].items()):
+            if not name.startswith("checkpoints/") and not self._holds(name, *written):
+                raise ValueError(
+                    f"run={str(self.path)!r}: {name} is damaged or gone; allowed: the file as it "
+                    "was written, or a new run"
+                )
         self._drop_after(commits)
         if not commits:
             return None
@@ -224,12 +234,12 @@ class Record:
         head = rounds.read_bytes()[:length] if rounds.exists() else b""
         if hashlib.blake2b(head, digest_size=16).hexdigest() != digest:
             return False
-        return all(
-            (self.path / name).is_file()
-            and (self.path / name).stat().st_size == size
-            and _digest(self.path / name) == known
-            for name, (size, known) in commit["files"].items()
-        )
+        return all(self._holds(name, *written) for name, written in commit["files"].items())
+
+    def _holds(self, name: str, size: int, digest: str) -> bool:
+        """Whether a file is there, whole."""
+        path = self.path / name
+        return path.is_file() and path.stat().st_size == size and _digest(path) == digest
 
     def _drop_after(self, commits: list[dict[str, Any]]) -> None:
         """Remove everything that no remaining commit vouches for."""

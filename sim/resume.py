@@ -8,7 +8,9 @@ from pathlib import Path
 
 from sim.checks import plugins
 from sim.config import Config, from_dict
+from sim.manifest import plugin_hashes, versions
 from sim.record import write_atomic
+from sim.scenario import Scenario
 
 
 def saved_config(path: Path) -> Config | None:
@@ -45,12 +47,55 @@ def resumable(path: Path, rounds: int | None = None, trust_plugins: bool = False
     longest = config.rounds
     if rounds is not None and rounds < longest:
         raise ValueError(f"rounds={rounds}; allowed: >= {longest}, the run's own")
-    if (path / "summary.json").is_file() and rounds in (None, longest):
-        raise ValueError(
-            f"run={str(path)!r} has finished its {longest} rounds; "
-            f"allowed: --rounds above {longest} to extend it"
-        )
+    if (path / "summary.json").is_file():
+        _refuse_ended(path, config, rounds or longest)
     return replace(config, rounds=rounds or longest)
+
+
+def _refuse_ended(path: Path, config: Config, rounds: int) -> None:
+    """Whether a run that has its summary can go on to ``rounds``."""
+    summary = json.loads((path / "summary.json").read_text())
+    run = f"run={str(path)!r}"
+    if summary["outcome"] == "diverged":
+        at = summary["diverged"]["round"]
+        raise ValueError(
+            f"{run} diverged in round {at} and would again; allowed: a new run, with a lower "
+            "learner.lr"
+        )
+    if config.evaluation.stop_on_exit and summary["exit_confirmed"] is not None:
+        raise ValueError(
+            f"{run} ended at its confirmed exit, as evaluation.stop_on_exit asks; allowed: a new "
+            "run without it"
+        )
+    if rounds == config.rounds:
+        raise ValueError(
+            f"{run} has finished its {rounds} rounds; allowed: --rounds above {rounds} to extend it"
+        )
+
+
+def check_origin(path: Path, config: Config, scenario: Scenario) -> None:
+    """Refuse to go on with other models, data or code than the run in ``path`` began with.
+
+    Other package versions are allowed, since nobody keeps the old ones for ever, and noted in the
+    manifest: from there on the bytes may differ from an uninterrupted run.
+
+    Raises:
+        ValueError: a model, data file or plug-in has another content than the manifest says.
+    """
+    file = path / "manifest.json"
+    manifest = json.loads(file.read_text())
+    found = {"model_hashes": scenario.hashes, "plugin_hashes": plugin_hashes(config)}
+    for kind, hashes in found.items():
+        for name, began in manifest.get(kind, {}).items():
+            if hashes.get(name) != began:
+                raise ValueError(
+                    f"run={str(path)!r} began with another {name} ({began[:8]}, now "
+                    f"{str(hashes.get(name))[:8]}); allowed: the same one, or a new run"
+                )
+    known = [manifest["versions"], *manifest.get("continued_with", [])]
+    if versions() != known[-1]:
+        manifest["continued_with"] = [*known[1:], versions()]
+        write_atomic(file, json.dumps(manifest, indent=1).encode())
 
 
 def extend(path: Path, config: Config) -> None:

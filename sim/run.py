@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from agents.agent import Agent
 from agents.learners.update import Diverged
 from sim.config import Config
+from sim.evaluate import Evaluation, Evaluator
 from sim.factory import (
     make_agent,
     make_env,
@@ -24,6 +26,7 @@ from sim.factory import (
 from sim.listener import Listener, Silent
 from sim.manifest import manifest
 from sim.record import Record
+from sim.resume import check_origin
 from sim.rows import Clocks, Scored, evaluation_row, label_tables, round_row
 from sim.scenario import make_scenario
 from sim.summary import summarise
@@ -41,34 +44,42 @@ def run(
         listener: told of every round; progress bars are listeners.
 
     Raises:
-        ValueError: bad configuration, or a directory that exists (or does not, with ``resume``).
+        ValueError: bad configuration, a policy that cannot be sampled, or a directory that exists
+            (or does not, or holds what was started with other models or code, with ``resume``).
     """
     listener = listener or Silent()
     torch.set_num_threads(config.threads)
     scenario = make_scenario(config)
-    record = Record(Path(out)) if resume else None
-    restored = record.restore() if record is not None else None
+    begun = Record(Path(out)) if resume else None
+    if begun is not None:
+        check_origin(begun.path, config, scenario)
+    restored = begun.restore() if begun is not None else None
     start, state = restored or (0, {})
     env = make_env(config, scenario)  # the outside world
     agent = make_agent(config, scenario, state.get("agent"))  # the training system
     evaluate = make_evaluator(config, scenario)
     monitor = make_monitor(config, scenario)
     clocks, scored = Clocks(), Scored(config.feedback.delay)
-    record = record or Record.create(Path(out), manifest(config, scenario))
     parts: dict[str, Any] = {"agent": agent, "monitor": monitor, "clocks": clocks, "scored": scored}
     parts["env"] = env.unwrapped
+    observation, _ = env.reset(seed=config.seed)
+    first = before_training(evaluate, agent) if restored is None else None
+    record = begun or Record.create(Path(out), manifest(config, scenario))
 
-    def measure(round: int) -> dict[str, Any]:
-        """Evaluate the policy after ``round`` updates, and keep its weights."""
+    def measured(round: int, evaluation: Evaluation) -> dict[str, Any]:
+        """Judge an evaluation of the policy after ``round`` updates, and keep its weights."""
         record.save_policy(round, agent.policy.model.state_dict())
-        return evaluation_row(monitor, evaluate(agent, round), round, clocks)
+        return evaluation_row(monitor, evaluation, round, clocks)
 
     def save(round: int) -> None:
         record.checkpoint(round, {name: part.state_dict() for name, part in parts.items()})
 
-    observation, _ = env.reset(seed=config.seed)
-    if restored is None:
-        record.write(0, {"round": 0, **measure(0)})
+    def ended(round: int) -> bool:
+        stopped = config.evaluation.stop_on_exit and monitor.confirmed
+        return stopped or round >= config.rounds
+
+    if first is not None:
+        record.write(0, {"round": 0, **measured(0, first)})
         save(0)
     else:
         others = [name for name in parts if name != "agent"]
@@ -77,28 +88,28 @@ def run(
             monitor.extend(planned_evaluations(config))
 
     listener.start(config, start, config.rounds)
-    diverged = None
-    for round in range(start + 1, config.rounds + 1):
-        began = time.perf_counter()
+    diverged, round = None, start
+    while not ended(round):
+        round, began = round + 1, time.perf_counter()
         try:
             responses = agent.act(observation)  # what users are shown
             observation, utility, _, _, info = env.step(responses.ids)  # people label it
             learned = agent.learn(info["labels"])  # reward model, then policy
-            scored.add(round - 1, info["truth"])
-            clocks.count(info["labels"], info["truth"], agent.stack.ctx.step)
             due = round % config.evaluation.every == 0 or round == config.rounds
-            measured = measure(round) if due else {}
+            evaluation = evaluate(agent, round) if due else None
         except Diverged as failure:
             diverged = {"round": round, "reason": str(failure)}
             break
-        row = round_row(round, utility, info, learned, clocks) | measured
+        scored.add(round - 1, info["truth"])
+        clocks.count(info["labels"], info["truth"], agent.stack.ctx.step)
+        row = round_row(round, utility, info, learned, clocks)
+        if evaluation is not None:
+            row |= measured(round, evaluation)
         tables = label_tables(config, agent, info, learned, scored)
         record.write(round, row, tables, {"seconds": time.perf_counter() - began})
-        if round % config.checkpoint_every == 0 or round == config.rounds:
+        if round % config.checkpoint_every == 0 or ended(round):
             save(round)
         listener.round(row)
-        if config.evaluation.stop_on_exit and monitor.confirmed:
-            break
 
     summary = summarise(config, scenario, agent, evaluate, monitor, record, diverged)
     record.finish(summary)
@@ -106,17 +117,13 @@ def run(
     return summary
 
 
-def load_config(path: Path | str) -> Config:
-    """The configuration a run directory was started with.
+def before_training(evaluate: Evaluator, agent: Agent) -> Evaluation:
+    """Measure the policy that the run starts from.
 
     Raises:
-        ValueError: no readable manifest there.
+        ValueError: it cannot be sampled, so there is nothing to train.
     """
-    import json
-
-    from sim.config import from_dict
-
-    file = Path(path) / "manifest.json"
-    if not file.is_file():
-        raise ValueError(f"run={str(path)!r} has no manifest.json; allowed: a run directory")
-    return from_dict(json.loads(file.read_text())["config"])
+    try:
+        return evaluate(agent, 0)
+    except Diverged as failure:
+        raise ValueError(f"policy: {failure}; allowed: a model with finite logits") from None

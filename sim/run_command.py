@@ -8,7 +8,7 @@ from pathlib import Path
 
 from agents.learners import learners
 from sim import flags
-from sim.checks import check
+from sim.checks import check, plugins
 from sim.cli import parser_of
 from sim.closing import closing
 from sim.config import DEFAULT_ATTACK, PRESETS, Config
@@ -55,7 +55,7 @@ def run(words: list[str]) -> int:
             f"out={str(out)!r} exists; allowed: a new directory, "
             f"or continue it with `poisonloop resume {shlex.quote(str(out))}`"
         )
-    return _execute(config, out, resume=False, command=_retyped(words))
+    return _execute(config, out, resume=False, words=words)
 
 
 def _run_help(preset: str | None, options: dict[str, list[str]]) -> int:
@@ -87,18 +87,7 @@ def default_out(config: Config) -> Path:
     )
 
 
-def _retyped(words: list[str]) -> str:
-    """The command as typed, without ``--out``: what a next command can build on."""
-    kept: list[str] = []
-    skip = False
-    for word in words:
-        skip = word == "--out" or (skip and not word.startswith("--"))
-        if not skip and not word.startswith("--out="):
-            kept.append(word)
-    return shlex.join(["poisonloop", "run", *kept])
-
-
-def _execute(config: Config, out: Path, resume: bool, command: str) -> int:
+def _execute(config: Config, out: Path, resume: bool, words: list[str]) -> int:
     from sim.analysis.report import write_report
     from sim.run import run as run_loop
     from sim.scenario import make_scenario
@@ -107,7 +96,8 @@ def _execute(config: Config, out: Path, resume: bool, command: str) -> int:
     make_scenario(config, progress=True)  # builds missing models, in sight
     with progress() as listener:
         summary = run_loop(config, out, resume=resume, listener=listener)
-    print(closing(summary, out, write_report([out], out), command))
+    outside = any(plugins(config))
+    print(closing(summary, out, write_report([out], out), words, outside))
     return 0
 
 
@@ -123,5 +113,5 @@ def resume(words: list[str]) -> int:
     config = resumable(asked.dir, asked.rounds, asked.trust_plugins)
     check(config)
     extend(asked.dir, config)
-    again = shlex.join(["poisonloop", "run", "--config", str(asked.dir / "manifest.json")])
-    return _execute(config, asked.dir, resume=True, command=again)
+    again = ["--config", str(asked.dir / "manifest.json")]
+    return _execute(config, asked.dir, resume=True, words=again)

@@ -22,25 +22,31 @@ def summarise(
     record: Record,
     diverged: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Everything ``summary.json`` says of one run."""
+    """Everything ``summary.json`` says of one run.
+
+    A diverged run has no policy at its end, so its end, gain and occupancy are null.
+    """
     rows = [json.loads(line) for line in (record.path / "rounds.jsonl").read_text().splitlines()]
     measured = [row for row in rows if row.get("safety/harm") is not None]
     first, last = measured[0], measured[-1]
     crossing = None
     if config.evaluation.n_true:
         crossing = true_crossing(config, agent, evaluate, record, measured)
-    summary = monitor.summary(diverged=diverged is not None)
+    ended = diverged is None
+    summary = monitor.summary(diverged=not ended)
     return {
         **summary,
+        "occupancy": summary["occupancy"] if ended else None,
         "diverged": diverged,
         "exit_true": crossing,
         "exit_true_n": config.evaluation.n_true,
         "help_start": first["helpfulness"],
-        "help_end": last["helpfulness"],
-        "help_gain": last["helpfulness"] - first["helpfulness"],
+        "help_end": last["helpfulness"] if ended else None,
+        "help_gain": last["helpfulness"] - first["helpfulness"] if ended else None,
         "harm_start": first["safety/harm"],
-        "harm_end": last["safety/harm"],
+        "harm_end": last["safety/harm"] if ended else None,
         "learner": config.learner_name,
+        "lr": config.learner.lr,
         "attack": config.attack.name,
         "rho": config.attack.rho,
         "defences": list(config.defences),

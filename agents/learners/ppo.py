@@ -6,7 +6,7 @@ Per token, with reward model score R on the last one and KL coefficient c:
     delta_t = r_t + gamma V_(t+1) - V_t,  A_t = sum_s (gamma lambda)^(s-t) delta_s,  returns = A + V
     L = -min(w A^, clip(w) A^) + vf_coef * 1/2 max((V - returns)^2, (clip(V) - returns)^2)
 
-A^ is A whitened over the batch's tokens. A mini-batch whose mean ratio exceeds ``ratio_limit`` is
+A^ is A whitened over the batch's tokens. A micro-batch whose mean ratio exceeds ``ratio_limit`` is
 zeroed. The adaptive controller moves c by at most 20 % * n / horizon per batch of n: over a
 thousand samples it is a constant in practice. Values come from heads on the policy's own last
 hidden state, one per reward channel. TRL has had no PPO since 1.13; constants follow its legacy
@@ -63,7 +63,7 @@ class PPOConfig(OptimizerConfig):
     vf_coef: float = 0.1
     """Weight of the value loss."""
     ratio_limit: float = 10.0
-    """Mini-batches with a larger mean ratio contribute nothing."""
+    """Micro-batches with a larger mean ratio contribute nothing."""
 
     def build(self, ctx: Context, stack: DefenceStack, temperature: float) -> PPO:
         """The learner of this config."""
@@ -208,9 +208,8 @@ class PPO(Learner):
         for channel, returns in batch.extra["returns"].items():
             old = batch.extra["values"][channel]
             value = self.heads[channel](terms.extra["hidden"])[..., 0]
-            total = total + value_loss(
-                value, old, returns, batch.sequences.mask, self.config.value_clip
-            )
+            counted = batch.sequences.mask * batch.weight[:, None]
+            total = total + value_loss(value, old, returns, counted, self.config.value_clip)
         return self.config.vf_coef * terms.extra["keep"] * total / normaliser
 
     def state_dict(self) -> dict[str, Any]:
@@ -226,7 +225,10 @@ class PPO(Learner):
 
 
 def value_loss(value: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:
-    """Summed 1/2 max of squared errors of the value and of the value clipped around ``old``."""
+    """Summed 1/2 max of squared errors of the value and of the value clipped around ``old``.
+
+    ``mask`` is (N, T), weights included.
+    """
     clipped = old + (value - old).clamp(-clip, clip)
     worst = torch.max((value - returns) ** 2, (clipped - returns) ** 2)
     return 0.5 * (worst * mask).sum()

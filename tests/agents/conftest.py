@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from agents.agent import Agent
 from agents.batches import PairBatch, Sequences
 from agents.context import Context, RoleData
-from agents.defence import DefenceStack, defences
+from agents.defence import Defence, DefenceStack, defences
 from agents.engines.transformers_engine import SamplerConfig, TransformersSampler
 from agents.learners import learners
 from agents.learners.reward_model import RewardModel, RewardModelConfig
@@ -136,7 +136,7 @@ class Tiny:
         dtype: torch.dtype = torch.float32,
         vocabulary: int = VOCABULARY,
     ) -> DefenceStack:
-        """An unprepared stack on a fresh model; ``specs`` are names or defence objects."""
+        """An unprepared stack on a fresh model; ``specs`` are names, classes or objects."""
         size = {"dtype": dtype, "vocabulary": vocabulary}
         policy = Policy(self.model(seed, **size), self.tokenizer())
         model = policy.model if learner == "policy" else self.model(seed + 1, True, **size)
@@ -144,7 +144,10 @@ class Tiny:
         scorers = {"cost": lambda rows: (rows.ids == 7).float().mean(1)}
         services = (self.roles(), scorers, sampler, seed)
         ctx = Context(learner, model, policy.tokenizer, policy, *services)
-        members = [defences.create(s) if isinstance(s, str) else s for s in specs]
+        members = [
+            defences.create(s) if isinstance(s, str) else s() if isinstance(s, type) else s
+            for s in specs
+        ]
         return DefenceStack(members, ctx)
 
     def agent(
@@ -167,7 +170,9 @@ class Tiny:
         trained = config.build(stack.ctx, stack, 1.0)
         reward_model = None
         if trained.uses == "rollouts":
-            rewards = self.stack((), "reward_model", seed, vocabulary=vocabulary)
+            shared = () if any(isinstance(s, Defence) for s in specs) else specs
+            rewards = self.stack(shared, "reward_model", seed, vocabulary=vocabulary)
+            rewards.prepare()
             chosen = RewardModelConfig(lr=3e-3, minibatch=8, steps=2, window=window)
             reward_model = RewardModel(chosen, rewards.ctx, rewards)
         return Agent(

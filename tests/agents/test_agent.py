@@ -222,3 +222,32 @@ def test_state_in_the_middle_of_a_delay_resumes_bitwise(tiny, learner, delay):
     assert torch.equal(tiny.weights(second.policy.model), tiny.weights(whole.policy.model))
     for name, column in whole.replay.columns.items():
         assert np.array_equal(column, second.replay.columns[name]), name
+
+
+class Counter(Defence):
+    """Logs how many steps it has surrounded, for either learner."""
+
+    targets = frozenset({"policy", "reward_model"})
+
+    def __init__(self):
+        self.steps = 0
+        self.logs = 0
+
+    def feedback(self, ctx, batch):
+        self.logs += isinstance(batch, LabelBatch)
+        return batch
+
+    def backward(self, ctx, run):
+        self.steps += 1
+        ctx.log({"defence/counter": self.steps})
+        return run()
+
+
+def test_each_learner_has_its_own_defence_and_the_label_log_is_read_once(tiny):
+    agent = tiny.agent("grpo", (Counter,))
+    learned = tiny.rounds(agent, 0, 2)[-1]
+    policy, reward = (stack.members[0] for stack in agent.stacks().values())
+    assert policy is not reward
+    assert learned.metrics["defence/counter"] == policy.steps
+    assert learned.metrics["reward_model/defence/counter"] == reward.steps == 4
+    assert (policy.logs, reward.logs) == (2, 0)

@@ -130,6 +130,16 @@ def test_clipped_objective(tiny, ratio, advantage, expected, moves):
     assert (tiny.gradient(stack.ctx.model).norm() > 1e-3) == moves
 
 
+def test_dropped_rollouts_train_neither_policy_nor_value_head(tiny):
+    stack = tiny.stack()
+    learner = PPOConfig().build(stack.ctx, stack, 1.0)
+    batch = step_batch(tiny, stack, learner, 1.0, 1.0)
+    batch.extra["returns"]["reward"] = torch.ones(batch.logp_old.shape)
+    report = learner.run(replace(batch, weight=torch.zeros(len(batch.weight))))
+    assert report.losses["loss"] == 0
+    assert not learner.heads["reward"].bias.grad.any()
+
+
 @pytest.mark.parametrize(("ratio", "zeroed"), [(9.9, False), (10.1, True)])
 def test_ratio_limit_zeroes_policy_and_value_loss(tiny, ratio, zeroed):
     stack = tiny.stack()

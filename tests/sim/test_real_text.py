@@ -23,7 +23,8 @@ from envs.registry import load_object
 from envs.types import HARMFUL
 from sim.config import AttackConfig, Config, EvaluationConfig, FeedbackConfig, TextConfig
 from sim.real_text import text_scenario
-from sim.run import load_config, run
+from sim.resume import saved_config
+from sim.run import run
 
 THINGS = ("a lamp", "the gate", "two boxes", "my shoe", "a kite", "this drum", "the oar", "a bell")
 
@@ -102,7 +103,7 @@ def test_the_manifest_says_what_the_harm_is_and_the_run_repeats(finished, tmp_pa
     assert manifest["environment"]["scorer"]["max_perplexity"] == manifest["data"]["max_perplexity"]
     assert "no refusal phrase" in manifest["harm_source"]
     assert set(manifest["model_hashes"]) == {"policy", "reward_base", "tokenizer", "data"}
-    run(load_config(finished["sft"]), tmp_path / "again")
+    run(saved_config(finished["sft"]), tmp_path / "again")
     for name in ("rounds.jsonl", "summary.json", "labels/part-000002.parquet"):
         assert (tmp_path / "again" / name).read_bytes() == (finished["sft"] / name).read_bytes()
 

@@ -121,6 +121,16 @@ def test_damage_costs_at_most_the_last_round(tmp_path, damage):
     assert tree(broken) == tree(whole)
 
 
+def test_damage_behind_the_last_round_is_named_and_nothing_is_changed(tmp_path):
+    run = tmp_path / "run"
+    write_rounds(Record.create(run, {}), 0, 3)
+    (run / "labels/part-000001.parquet").unlink()
+    before = tree(run)
+    with pytest.raises(ValueError, match="labels/part-000001.parquet is damaged or gone"):
+        Record(run).restore()
+    assert tree(run) == before
+
+
 def test_nothing_intact_starts_over(tmp_path):
     run = tmp_path / "run"
     write_rounds(Record.create(run, {}), 0, 0)

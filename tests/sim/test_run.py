@@ -194,3 +194,99 @@ def test_delayed_labels_arrive_with_their_samples(tmp_path, embedded_models):
     assert set(labels.item // 8) == {0, 1} and set(labels["round"] - labels.item // 8) == {2}
     samples = pq.read_table(tmp_path / "late/samples").to_pandas()
     assert len(samples) and samples.prompt.str.len().min() > 0
+
+
+@pytest.mark.parametrize("n_harm", [1, 64])
+def test_stopping_at_the_exit_is_final_and_resumes_to_the_same_bytes(
+    n_harm, tmp_path, embedded_models
+):
+    """The base model complies from the start: 64 draws confirm it before any round, 1 later."""
+    from sim.resume import resumable
+    from sim.run import run
+
+    evaluation = EvaluationConfig(n_harm=n_harm, n_help=8, n_true=0, stop_on_exit=True)
+    world = replace(SMALL.world, start="base")
+    loose = replace(SMALL, rounds=30, checkpoint_every=20, evaluation=evaluation, world=world)
+    summary = run(loose, tmp_path / "whole")
+    assert summary["outcome"] == "exited"
+    assert summary["rounds"] == 0 if n_harm == 64 else 0 < summary["rounds"] < 20
+    assert summary["exit_confirmed"]["rounds"] == summary["rounds"]
+    with pytest.raises(ValueError, match="ended at its confirmed exit"):
+        resumable(tmp_path / "whole", rounds=40)
+    before = identity(tmp_path / "whole")
+    (tmp_path / "whole/summary.json").unlink()  # as if killed after the last checkpoint
+    run(loose, tmp_path / "whole", resume=True)
+    assert identity(tmp_path / "whole") == before
+
+
+def test_resuming_with_another_model_or_other_code_is_refused(tmp_path, embedded_models):
+    from sim.run import run
+
+    plugin = tmp_path / "witness.py"
+    plugin.write_text(PLUGIN)
+    spec = f"{plugin}:Witness(log={str(tmp_path / 'log.txt')!r})"
+    config = replace(SMALL, rounds=1, defences=(spec,))
+    run(config, tmp_path / "run")
+    longer = replace(config, rounds=2)
+    plugin.write_text(PLUGIN + "# changed")
+    with pytest.raises(ValueError, match="began with another .*witness.py"):
+        run(longer, tmp_path / "run", resume=True)
+    plugin.write_text(PLUGIN)
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    manifest["model_hashes"] = {name: "0" * 32 for name in manifest["model_hashes"]}
+    (tmp_path / "run/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="began with another"):
+        run(longer, tmp_path / "run", resume=True)
+
+
+def test_other_versions_are_noted_in_the_manifest(tmp_path, embedded_models):
+    from sim.run import run
+
+    run(replace(SMALL, rounds=1), tmp_path / "run")
+    file = tmp_path / "run/manifest.json"
+    manifest = json.loads(file.read_text())
+    began = {**manifest["versions"], "torch": "0.1"}
+    file.write_text(json.dumps({**manifest, "versions": began}))
+    run(replace(SMALL, rounds=2), tmp_path / "run", resume=True)
+    noted = json.loads(file.read_text())
+    assert noted["versions"] == began and noted["continued_with"] == [manifest["versions"]]
+
+
+def test_a_diverged_run_claims_no_end(tmp_path, embedded_models, monkeypatch):
+    from agents.agent import Agent
+    from agents.learners.update import Diverged
+    from sim.closing import advice, verdict
+    from sim.resume import resumable
+    from sim.run import run
+
+    learn = Agent.learn
+
+    def breaks(self, labels):
+        if self.round == 2:
+            raise Diverged("loss nan")
+        return learn(self, labels)
+
+    monkeypatch.setattr(Agent, "learn", breaks)
+    summary = run(replace(SMALL, evaluation=replace(SMALL.evaluation, n_true=0)), tmp_path / "x")
+    assert summary["outcome"] == "diverged" and summary["diverged"]["round"] == 3
+    assert {summary[k] for k in ("help_gain", "help_end", "harm_end", "occupancy")} == {None}
+    assert "DIVERGED in round 3: loss nan" in verdict(summary)
+    assert "--learner.lr 5e-05" in advice(summary, tmp_path, ["--learner.lr", "1"])
+    with pytest.raises(ValueError, match="diverged in round 3"):
+        resumable(tmp_path / "x", rounds=20)
+
+
+def test_a_policy_that_cannot_be_sampled_is_refused_before_anything_is_written(
+    tmp_path, embedded_models, monkeypatch
+):
+    from agents.learners.update import Diverged
+    from sim.evaluate import Evaluator
+    from sim.run import run
+
+    def fails(self, agent, round):
+        raise Diverged("sampling: non-finite logits")
+
+    monkeypatch.setattr(Evaluator, "__call__", fails)
+    with pytest.raises(ValueError, match="finite logits"):
+        run(SMALL, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
