@@ -1,5 +1,6 @@
 """The README's own code runs, and does what the text beside it says."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ def block(name: str) -> str:
 @pytest.fixture
 def attack_file(tmp_path):
     (tmp_path / "my_attack.py").write_text(block("class CloseCalls"))
-    return f"{tmp_path / 'my_attack.py'}:CloseCalls(margin=0.5)"
+    return f"{tmp_path / 'my_attack.py'}:CloseCalls(margin=1.1)"
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def test_own_attack_flips_close_calls_only(attack_file):
     from envs.types import VOTE_A, VOTE_B
 
     attack = attacks.create(attack_file)
-    margin = np.array([0.2, -0.2, 2.0, -2.0, 0.0])
+    margin = np.array([1.0, -1.0, 2.0, -2.0, 0.0])
     view = type("Close", (), {"margin": margin})()
     honest = np.array([VOTE_A, VOTE_B, VOTE_A, VOTE_B, VOTE_A], np.int8)
     assert "margin" in dir(View), "the stand-in offers what a real view offers"
@@ -58,12 +59,14 @@ def test_own_attack_and_defence_run_in_the_loop(
     from tests.sim.test_run import SMALL
 
     base = replace(SMALL, rounds=3, attack=AttackConfig(attack_file, rho=1.0))
-    plain = run(base, tmp_path / "plain")
-    anchored = run(replace(base, defences=(defence_file,)), tmp_path / "anchored")
-    assert plain["rho"] == anchored["rho"] == 1.0
+    run(base, tmp_path / "plain")
+    run(replace(base, defences=(defence_file,)), tmp_path / "anchored")
+    rows = [json.loads(line) for line in open(tmp_path / "plain/rounds.jsonl")][1:]
+    assert sum(row["feedback/rho_flips"] for row in rows) > 0, "the attack flipped votes"
     last = [(tmp_path / name / "policies").glob("*3.safetensors") for name in ("plain", "anchored")]
     first, second = (next(found).read_bytes() for found in last)
     assert first != second, "the defence changed the policy"
+    run(replace(base, defences=(defence_file, "freeze")), tmp_path / "frozen")
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(((?!http)[^)#]+)\)", README))))

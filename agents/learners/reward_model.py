@@ -58,12 +58,18 @@ class RewardModelConfig(OptimizerConfig):
 def load_reward_model(path: str | Path, seed: int) -> nn.Module:
     """A sequence classifier with one output from ``path``; ``seed`` draws a missing head."""
     from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=1, use_safetensors=True, dtype=torch.float32
-        )
+    said = logging.get_verbosity()
+    logging.set_verbosity_error()  # that a language model has no head is no news here
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                path, num_labels=1, use_safetensors=True, dtype=torch.float32
+            )
+    finally:
+        logging.set_verbosity(said)
     return model.eval()
 
 
