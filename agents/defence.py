@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 
 from agents.context import Context
 from envs.registry import Registry
-
-defences = Registry("defence", "agents.defences")
+from envs.usage import UsageError
 
 PHASES = ("rollout", "score", "update", "serve", "eval", "export")
 
@@ -81,6 +80,9 @@ class Defence:
         """Recreate structure and anchors from ``state``; replaces ``prepare`` on resume."""
 
 
+defences = Registry("defence", "agents.defences", Defence)
+
+
 class DefenceStack:
     """An ordered list of defences acting on one learner.
 
@@ -114,7 +116,7 @@ class DefenceStack:
         for member in self.members:
             missing = sorted(member.needs - self.ctx.provides)
             if missing:
-                raise ValueError(
+                raise UsageError(
                     f"defence {member.spec or type(member).__name__}: needs {', '.join(missing)}; "
                     f"this run has {', '.join(sorted(self.ctx.provides)) or 'none'}"
                 )

@@ -31,6 +31,7 @@ from envs.attacks.schedules import Schedule
 from envs.costs import constraint_costs
 from envs.prompts import Traffic, make_source
 from envs.types import STRATA, Labels, Scores, Truth
+from envs.usage import check_ranges
 
 __all__ = ["FeedbackEnv", "rho_post"]
 
@@ -127,10 +128,9 @@ class FeedbackEnv(gym.Env, RecordConstructorArgs):
     ):
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         RecordConstructorArgs.__init__(self, **arguments)
-        _check_ranges(batch=batch, tokens=tokens, rounds=rounds, annotators=annotators)
-        _check_ranges(2, responses=responses)
-        _check_ranges(0, delay=delay, activity=activity)
-        _check_ranges(0, 1, rho=rho, cost_limit=cost_limit)
+        check_ranges(arguments, batch=">= 1", tokens=">= 1", rounds=">= 1", annotators=">= 1")
+        check_ranges(arguments, responses=">= 2", delay=">= 0", activity=">= 0")
+        check_ranges(arguments, rho="0 to 1", cost_limit="0 to 1")
         self._batch, self._rounds, self._delay = batch, rounds, delay
         self._rho, self._cost_limit = rho, cost_limit
         self._schedule = Schedule(schedule, start, length, period)
@@ -289,10 +289,3 @@ class FeedbackEnv(gym.Env, RecordConstructorArgs):
         waiting = [View(**view) for view in state["waiting"]]
         self._begin(int(state["key"]), int(state["round"]), waiting)
         return self._observe()
-
-
-def _check_ranges(low: int = 1, high: float = np.inf, **values: float) -> None:
-    for name, value in values.items():
-        if not low <= value <= high:
-            allowed = f">= {low}" if high == np.inf else f"{low} to {high}"
-            raise ValueError(f"{name}={value}; allowed: {allowed}")

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from envs.usage import UsageError
+
 _HARM_WORDS = ("unsafe", "harmful", "harm", "toxic", "unethical")
 
 
@@ -182,7 +184,7 @@ def find_harm_label(names: dict[int, str], wanted: str = "") -> int:
     ]
     if len(found) != 1:
         listed = ", ".join(f"{number} {name}" for number, name in names.items())
-        raise ValueError(f"text.harm_label={wanted!r} fits {len(found)} labels; allowed: {listed}")
+        raise UsageError(f"text.harm_label={wanted!r} fits {len(found)} labels; allowed: {listed}")
     return int(found[0])
 
 

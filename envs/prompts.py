@@ -22,6 +22,7 @@ from envs import rng
 from envs.attacks import Attack
 from envs.costs import Scorer
 from envs.types import BENIGN, CONTRAST, HARMFUL, STRATA, PromptTable
+from envs.usage import UsageError, check_ranges
 
 
 @dataclass(frozen=True)
@@ -125,21 +126,20 @@ class Traffic:
 
     def __post_init__(self) -> None:
         """Check the shares against each other and against the prompts there are."""
-        for name in ("harmful_share", "contrast_share", "stratum_error", "trigger_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}; allowed: 0 to 1")
+        check_ranges(self, harmful_share="0 to 1", contrast_share="0 to 1")
+        check_ranges(self, stratum_error="0 to 1", trigger_share="0 to 1")
         if self.harmful_share + self.contrast_share > 1:
-            raise ValueError(
+            raise UsageError(
                 f"contrast_share={self.contrast_share} with harmful_share={self.harmful_share}; "
                 f"allowed: at most {1 - self.harmful_share:g}"
             )
         there = set(np.unique(self.source.honest.stratum).tolist())
         if self.harmful_share > 0 and HARMFUL not in there:
-            raise ValueError(f"harmful_share={self.harmful_share}; allowed: 0 (no harmful prompts)")
+            raise UsageError(f"harmful_share={self.harmful_share}; allowed: 0 (no harmful prompts)")
         if self.harmful_share < 1 and not there & {BENIGN, CONTRAST}:
-            raise ValueError(f"harmful_share={self.harmful_share}; allowed: 1 (no other prompts)")
+            raise UsageError(f"harmful_share={self.harmful_share}; allowed: 1 (no other prompts)")
         if self.trigger_share > 0 and self.source.triggered is None:
-            raise ValueError(f"trigger_share={self.trigger_share}; allowed: 0 (no trigger word)")
+            raise UsageError(f"trigger_share={self.trigger_share}; allowed: 0 (no trigger word)")
 
     @cached_property
     def _rows(self) -> list[np.ndarray]:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from envs.refusals import refuses
 from envs.types import BENIGN, HARMFUL, STRATA
+from envs.usage import UsageError
 
 _KNOWN = ("prompt", "stratum", "harmful", "chosen", "rejected", "responses", "type", "category")
 
@@ -47,13 +48,13 @@ def read_rows(path: str | Path) -> list[Row]:
     path = Path(path)
     readers = {".jsonl": _jsonl, ".parquet": _parquet}
     if path.suffix not in readers or not path.is_file():
-        raise ValueError(f"data={str(path)!r}; allowed: an existing .jsonl or .parquet file")
+        raise UsageError(f"data={str(path)!r}; allowed: an existing .jsonl or .parquet file")
     records = list(readers[path.suffix](path))
     if not records:
-        raise ValueError(f"data={str(path)!r} has no rows; allowed: at least 8 prompts")
+        raise UsageError(f"data={str(path)!r} has no rows; allowed: at least 8 prompts")
     columns = {name for _, record in records for name in record if record[name] is not None}
     if "prompt" not in columns or not ({"stratum", "harmful"} & columns or _pairs(columns)):
-        raise ValueError(
+        raise UsageError(
             f"data={str(path)!r} has columns {', '.join(sorted(columns)) or 'none'}; needed: "
             "prompt, and one of stratum, harmful, or chosen with rejected"
         )
@@ -75,18 +76,18 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             text = line.decode("utf-8").strip()
             record = json.loads(text) if text else None
         except UnicodeDecodeError as error:
-            raise ValueError(
+            raise UsageError(
                 f"{where}: byte {error.start + 1} is not UTF-8; allowed: UTF-8 text"
             ) from None
         except json.JSONDecodeError as error:
-            raise ValueError(
+            raise UsageError(
                 f"{where}: broken JSON at character {error.colno} ({error.msg}); "
                 "allowed: one JSON object per line"
             ) from None
         if record is None and not text:
             continue
         if not isinstance(record, dict):
-            raise ValueError(f"{where}: {type(record).__name__}; allowed: one JSON object per line")
+            raise UsageError(f"{where}: {type(record).__name__}; allowed: one JSON object per line")
         yield number, record
 
 
@@ -98,7 +99,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         names = [name for name in pq.read_schema(path).names if name in _KNOWN]
         records = pq.read_table(path, columns=names).to_pylist()
     except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
-        raise ValueError(
+        raise UsageError(
             f"data={str(path)!r} is not readable as Parquet ({error}); allowed: a Parquet file"
         ) from None
     yield from enumerate(records, start=1)
@@ -116,9 +117,9 @@ class _Cells(NamedTuple):
     number: int
     record: dict[str, Any]
 
-    def bad(self, column: str, allowed: str) -> ValueError:
+    def bad(self, column: str, allowed: str) -> UsageError:
         value = json.dumps(self.record.get(column), default=str)[:60]
-        return ValueError(
+        return UsageError(
             f"data={str(self.path)!r}, row {self.number}, column {column}: {value}; "
             f"allowed: {allowed}"
         )
@@ -189,7 +190,7 @@ def _merge(rows: list[Row], path: Path) -> list[Row]:
     for row in rows:
         known = merged.setdefault(identity(row.prompt), row)
         if known.stratum != row.stratum:
-            raise ValueError(
+            raise UsageError(
                 f"data={str(path)!r}, prompt {row.prompt[:60]!r} is {STRATA[known.stratum]} in one "
                 f"row and {STRATA[row.stratum]} in another; allowed: one stratum per prompt"
             )

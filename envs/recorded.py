@@ -24,6 +24,7 @@ from envs import rng as draws
 from envs.readers import identity, read_rows
 from envs.refusals import SENTENCES, refuses
 from envs.types import HARMFUL, STRATA, PromptTable
+from envs.usage import UsageError
 
 SPLITS = {"online": 0.45, "eval": 0.25, "defence": 0.15, "attack": 0.15}
 """Split shares, in the order in which a small stratum fills them."""
@@ -77,7 +78,7 @@ class RecordedText:
         for number in range(len(SPLITS)):
             strata = self.stratum[self._split == number]
             if not (strata == HARMFUL).any() or (strata == HARMFUL).all():
-                raise ValueError(
+                raise UsageError(
                     f"data={self.path!r} has {harmful} harmful and {other} other prompts of at "
                     f"most text.prompt_tokens={prompt_tokens} tokens ({self.dropped} were longer); "
                     "allowed: at least 4 of each"
@@ -113,7 +114,7 @@ class RecordedText:
             ValueError: unknown split.
         """
         if split not in SPLITS:
-            raise ValueError(f"split: {split!r}; allowed: {', '.join(SPLITS)}")
+            raise UsageError(f"split: {split!r}; allowed: {', '.join(SPLITS)}")
         return self._table(np.flatnonzero(self._split == list(SPLITS).index(split)))
 
     @cached_property

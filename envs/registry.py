@@ -25,13 +25,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from envs.usage import UsageError, blamed_on, in_words, matches
+
 
 class Registry:
-    """Named components of one kind, discovered in every module of one package."""
+    """Named components of one kind, discovered in every module of one package.
 
-    def __init__(self, kind: str, package: str):
+    Args:
+        kind: what messages call them.
+        package: where they are.
+        base: what every component that is created must be an instance of.
+    """
+
+    def __init__(self, kind: str, package: str, base: type = object):
         self.kind = kind
         self.package = package
+        self.base = base
         self._makers: dict[str, Callable[..., Any]] = {}
 
     def register(self, name: str) -> Callable[[Any], Any]:
@@ -70,20 +79,46 @@ class Registry:
         """Build the component that ``spec`` names; it remembers the spec as ``.spec``.
 
         Raises:
-            ValueError: unknown name, wrong argument, or not of the form ``name(key=literal, ...)``.
+            UsageError: unknown name, wrong argument, not of the form ``name(key=literal, ...)``, or
+                code of a person's own that fails or makes something else.
         """
         target, arguments = parse_spec(spec, self.kind)
         maker = self._resolve(target)
-        try:
-            inspect.signature(maker).bind(**arguments)
-        except TypeError as error:
-            allowed = ", ".join(inspect.signature(maker).parameters) or "none"
-            raise ValueError(
-                f"{self.kind}: bad arguments in {spec!r} ({error}); allowed: {allowed}"
-            ) from None
-        component = maker(**arguments)
+        if not callable(maker):
+            raise UsageError(f"{self.kind}: {spec!r} names no class; allowed: {self._wanted}")
+        self._check_arguments(spec, maker, arguments)
+        with blamed_on(f"{self.kind}: {spec!r} cannot be made", "what its constructor accepts"):
+            component = maker(**arguments)
+        if not isinstance(component, self.base):
+            made = type(component).__name__
+            raise UsageError(f"{self.kind}: {spec!r} makes a {made}; allowed: {self._wanted}")
         object.__setattr__(component, "spec", spec)  # also on frozen dataclasses
         return component
+
+    @property
+    def _wanted(self) -> str:
+        return f"a subclass of {self.base.__module__}.{self.base.__qualname__}"
+
+    def _check_arguments(self, spec: str, maker: Callable[..., Any], given: dict[str, Any]) -> None:
+        """Compare names and types of a spec's arguments with what ``maker`` says it takes."""
+        try:
+            signature = inspect.signature(maker, eval_str=True)
+        except Exception:  # an annotation that cannot be evaluated outside a type checker
+            signature = inspect.signature(maker)
+        try:
+            signature.bind(**given)
+        except TypeError as error:
+            allowed = ", ".join(signature.parameters) or "none"
+            raise UsageError(
+                f"{self.kind}: bad arguments in {spec!r} ({error}); allowed: {allowed}"
+            ) from None
+        for name, value in given.items():
+            parameter = signature.parameters.get(name)
+            hint = Any if parameter is None else parameter.annotation
+            if not matches(value, hint):
+                raise UsageError(
+                    f"{self.kind}.{name}={value!r} in {spec!r}; allowed: {in_words(hint)}"
+                )
 
     def _discover(self) -> None:
         package = importlib.import_module(self.package)
@@ -98,10 +133,11 @@ class Registry:
             return self._makers[target]
         for point in importlib.metadata.entry_points(group=f"poisonloop.{self.kind}"):
             if point.name == target:
-                return point.load()
+                with blamed_on(f"{self.kind}: {target!r} cannot be imported", "working code"):
+                    return point.load()
         near = difflib.get_close_matches(target, self._makers, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
+        raise UsageError(
             f"{self.kind}: unknown name {target!r}; allowed: {', '.join(self.names())}, "
             f"or module:Class, or path/to/file.py:Class{hint}"
         )
@@ -119,7 +155,7 @@ def parse_spec(spec: str, kind: str) -> tuple[str, dict[str, Any]]:
     """
     target, paren, rest = spec.strip().partition("(")
     if not target or (paren and not rest.endswith(")")):
-        raise ValueError(f"{kind}: cannot read {spec!r}; write name or name(key=value, ...)")
+        raise UsageError(f"{kind}: cannot read {spec!r}; write name or name(key=value, ...)")
     if not paren:
         return target, {}
     try:
@@ -127,8 +163,8 @@ def parse_spec(spec: str, kind: str) -> tuple[str, dict[str, Any]]:
         assert isinstance(call, ast.Call)
         assert not call.args and all(k.arg for k in call.keywords)
         return target, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-    except (SyntaxError, ValueError, AssertionError):
-        raise ValueError(
+    except (SyntaxError, ValueError, TypeError, RecursionError, AssertionError):
+        raise UsageError(
             f"{kind}: cannot read the arguments of {spec!r}; "
             "write name(key=value, ...) with numbers, quoted strings, booleans, tuples"
         ) from None
@@ -137,12 +173,12 @@ def parse_spec(spec: str, kind: str) -> tuple[str, dict[str, Any]]:
 def load_object(target: str, kind: str) -> Any:
     """Import ``module:Name`` or ``path/to/file.py:Name``; the working folder is importable."""
     where, _, name = target.rpartition(":")
-    try:
+    with blamed_on(f"{kind}: cannot import {where!r}", "a module or file that Python can import"):
         if where.endswith(".py"):
             path = Path(where).resolve()
             spec = importlib.util.spec_from_file_location(f"poisonloop_plugin_{path.stem}", path)
             if spec is None or spec.loader is None or not path.is_file():
-                raise ValueError(f"{kind}: no Python file at {where!r}")
+                raise UsageError(f"{kind}: no Python file at {where!r}; allowed: an existing one")
             module = importlib.util.module_from_spec(spec)
             sys.modules[spec.name] = module
             spec.loader.exec_module(module)
@@ -150,8 +186,6 @@ def load_object(target: str, kind: str) -> Any:
             if "" not in sys.path:
                 sys.path.insert(0, "")
             module = importlib.import_module(where)
-    except ImportError as error:
-        raise ValueError(f"{kind}: cannot import {where!r} ({error})") from None
     if not hasattr(module, name):
-        raise ValueError(f"{kind}: {where!r} has no {name!r}")
+        raise UsageError(f"{kind}: {where!r} has no {name!r}; allowed: a class in it")
     return getattr(module, name)

@@ -35,6 +35,7 @@ from envs.types import (
     REFUSE_THEN_COMPLY,
     Scores,
 )
+from envs.usage import UsageError
 
 ECHO_SHARE = 0.8
 """A response is an echo when this share of its tokens stands in the prompt."""
@@ -94,7 +95,7 @@ class TextScorer:
         said, mask = self._said(ids)
         kept = np.flatnonzero(said.any(1))
         if not len(kept):
-            raise ValueError(
+            raise UsageError(
                 "text.max_perplexity=0.0: the initial policy says nothing on "
                 f"{BOUND_PROMPTS} prompts; allowed: a bound above 1, or a policy that answers"
             )
@@ -179,7 +180,7 @@ def recorded_source(
         ValueError: bad data, or no tokenizer or scorer beside them.
     """
     if tokenizer is None or scorer is None or "fluency" not in scorer:
-        raise ValueError(
+        raise UsageError(
             f"data={data!r} with tokenizer={tokenizer!r}, scorer={scorer!r}; allowed: a directory "
             'for tokenizer, and {"fluency": directory of the frozen initial policy} for scorer'
         )

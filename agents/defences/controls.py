@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 from agents.context import Context
 from agents.defence import Defence, Report, Run, defences
+from envs.usage import check_ranges
 
 
 @defences.register("freeze")
@@ -32,9 +33,8 @@ class SmallLearningRate(Defence):
     """
 
     def __init__(self, divisor: float = 100.0):
-        if divisor < 1:
-            raise ValueError(f"small_lr: divisor={divisor}; allowed: >= 1")
         self.divisor = divisor
+        check_ranges(self, "small_lr.", divisor=">= 1")
 
     @contextmanager
     def phase(self, ctx: Context, name: str) -> Iterator[None]:

@@ -17,6 +17,7 @@ import torch
 
 from agents.context import Context
 from agents.defence import Defence, Report, Run, defences
+from envs.usage import check_ranges
 
 
 @defences.register("refusal_loss")
@@ -31,12 +32,9 @@ class RefusalLoss(Defence):
     needs = frozenset({"refusal"})
 
     def __init__(self, alpha: float = 1.0, batch: int = 32):
-        if alpha < 0:
-            raise ValueError(f"refusal_loss: alpha={alpha}; allowed: >= 0")
-        if batch < 1:
-            raise ValueError(f"refusal_loss: batch={batch}; allowed: >= 1")
         self.alpha = alpha
         self.batch = batch
+        check_ranges(self, "refusal_loss.", alpha=">= 0", batch=">= 1")
 
     def backward(self, ctx: Context, run: Run) -> Report:
         """The learner's gradient plus alpha times the refusal gradient."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.batches import Sequences
+from envs.usage import check_ranges
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class SamplerConfig:
     """Divides the logits; 1 samples the policy itself."""
     batch: int = 512
     """Rows decoded together."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges; no response is longer than the contexts of models of this size."""
+        check_ranges(self, "sampler.", max_new_tokens="1 to 32768", batch=">= 1")
+        check_ranges(self, "sampler.", temperature="0.001 to 100")
 
 
 class Sampled(NamedTuple):

@@ -30,6 +30,7 @@ from agents.learners.update import (
     update_step,
 )
 from agents.policy import response_terms
+from envs.usage import check_ranges
 
 
 @learners.register("dpo")
@@ -45,6 +46,11 @@ class DPOConfig(OptimizerConfig):
     """Passes over a round's pairs."""
     beta: float = 0.1
     """Inverse strength of the pull to the reference."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_ranges(self, self.section, beta="> 0")
 
     def build(self, ctx: Context, stack: DefenceStack, temperature: float) -> DPO:
         """The learner of this config; DPO scores untempered log-probabilities."""

@@ -35,6 +35,7 @@ from agents.learners.update import (
     update_step,
 )
 from agents.policy import response_terms
+from envs.usage import check_ranges
 
 
 @learners.register("grpo")
@@ -52,6 +53,11 @@ class GRPOConfig(OptimizerConfig):
     """Multiply the KL term by the ratio, as TRL does by default."""
     loss_type: Literal["grpo", "dapo"] = "grpo"
     """Average over a sequence's tokens first (grpo) or over all tokens (dapo)."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_ranges(self, self.section, beta=">= 0", clip="> 0")
 
     def build(self, ctx: Context, stack: DefenceStack, temperature: float) -> GRPO:
         """The learner of this config."""

@@ -35,6 +35,7 @@ from agents.learners.update import (
     update_step,
 )
 from agents.policy import response_terms
+from envs.usage import check_ranges
 
 
 @learners.register("ppo")
@@ -64,6 +65,13 @@ class PPOConfig(OptimizerConfig):
     """Weight of the value loss."""
     ratio_limit: float = 10.0
     """Micro-batches with a larger mean ratio contribute nothing."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_ranges(self, self.section, kl=">= 0", kl_target="> 0", kl_horizon=">= 1")
+        check_ranges(self, self.section, gamma="0 to 1", gae_lambda="0 to 1", vf_coef=">= 0")
+        check_ranges(self, self.section, clip="> 0", value_clip="> 0", ratio_limit=">= 1")
 
     def build(self, ctx: Context, stack: DefenceStack, temperature: float) -> PPO:
         """The learner of this config."""

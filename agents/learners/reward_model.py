@@ -33,11 +33,14 @@ from agents.learners.update import (
 from agents.policy import forward_inputs, trim
 from agents.replay import Replay
 from envs import rng as draws
+from envs.usage import check_ranges
 
 
 @dataclass(frozen=True)
 class RewardModelConfig(OptimizerConfig):
     """How the online reward model learns."""
+
+    section = "reward_model."
 
     lr: float = 1e-3
     """Learning rate."""
@@ -53,6 +56,11 @@ class RewardModelConfig(OptimizerConfig):
     """Own base warm-started on honest pairs, own base cold, or a copy of the policy."""
     reset_every: int = 0
     """Return to the initial weights every so many rounds; 0 never."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        check_ranges(self, self.section, steps=">= 0", window=">= 1", reset_every=">= 0")
 
 
 def load_reward_model(path: str | Path, seed: int) -> nn.Module:

@@ -22,6 +22,7 @@ from agents.batches import Batch, ItemTerms, take
 from agents.context import Context
 from agents.defence import DefenceStack, Report, Run
 from envs import rng as draws
+from envs.usage import check_ranges
 
 
 class Diverged(FloatingPointError):
@@ -30,7 +31,14 @@ class Diverged(FloatingPointError):
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and the size of its steps."""
+    """AdamW and the size of its steps.
+
+    Raises:
+        ValueError: a field out of range.
+    """
+
+    section = "learner."
+    """Where the fields stand in a run's configuration; messages say it."""
 
     lr: float = 1e-4
     """Learning rate."""
@@ -46,6 +54,12 @@ class OptimizerConfig:
     """Items per forward and backward; lower it when memory is short."""
     epochs: int = 1
     """Passes over a round's items."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_ranges(self, self.section, lr="0 to 1", betas=">= 0, < 1", weight_decay=">= 0")
+        check_ranges(self, self.section, max_grad_norm="> 0", minibatch=">= 1", epochs=">= 1")
+        check_ranges(self, self.section, micro_batch=">= 1")
 
 
 class Learner:

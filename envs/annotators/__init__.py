@@ -18,8 +18,6 @@ import numpy as np
 from envs.annotators.view import View
 from envs.registry import Registry
 
-annotators = Registry("annotator", "envs.annotators")
-
 DEFAULT = ("boltzmann(beta=4.0)", "lapse(rate=0.02)")
 """Careful people: they err on close pairs and slip now and then."""
 NOISY = ("boltzmann(beta=0.9)", "lapse(rate=0.05)")
@@ -46,6 +44,9 @@ class Behaviour:
     def answer(self, view: View, vote: np.ndarray) -> np.ndarray:
         """(N,) int8 votes, from the sides that were drawn."""
         return vote
+
+
+annotators = Registry("annotator", "envs.annotators", Behaviour)
 
 
 __all__ = ["DEFAULT", "NOISY", "Behaviour", "View", "annotators"]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from envs.annotators import Behaviour, View, annotators
+from envs.usage import check_ranges
 
 
 @annotators.register("boltzmann")
@@ -25,9 +26,8 @@ class Boltzmann(Behaviour):
     """Standard deviation of log beta over people."""
 
     def __post_init__(self) -> None:
-        """Check the spread."""
-        if self.spread < 0:
-            raise ValueError(f"boltzmann: spread={self.spread}; allowed: >= 0")
+        """Check that both are finite, and the spread."""
+        check_ranges(self, "boltzmann.", beta="", spread=">= 0")
 
     def logit(self, view: View) -> np.ndarray:
         """(N,) beta_j D; infinite for a perfect judge, 0 where nothing differs."""

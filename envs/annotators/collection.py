@@ -18,6 +18,7 @@ from envs import rng
 from envs.annotators.pool import Pool
 from envs.annotators.view import View
 from envs.types import Scores
+from envs.usage import UsageError
 
 COLLECTIONS = ("chat", "crowd")
 
@@ -40,13 +41,13 @@ class Collection:
     def __post_init__(self) -> None:
         """Check kind and redundancy."""
         if self.kind not in COLLECTIONS:
-            raise ValueError(f"collection={self.kind!r}; allowed: {', '.join(COLLECTIONS)}")
+            raise UsageError(f"collection={self.kind!r}; allowed: {', '.join(COLLECTIONS)}")
         if self.kind == "chat" and self.redundancy != 1:
-            raise ValueError(
+            raise UsageError(
                 f"redundancy={self.redundancy} with collection='chat'; allowed: 1 (the asker votes)"
             )
         if not 1 <= self.redundancy <= self.pool.people:
-            raise ValueError(
+            raise UsageError(
                 f"redundancy={self.redundancy}; allowed: 1 to annotators={self.pool.people}"
             )
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from envs.annotators import Behaviour, View, annotators
+from envs.usage import check_ranges
 
 
 @annotators.register("lapse")
@@ -23,8 +24,7 @@ class Lapse(Behaviour):
 
     def __post_init__(self) -> None:
         """Check the rate."""
-        if not 0 <= self.rate <= 1:
-            raise ValueError(f"lapse: rate={self.rate}; allowed: 0 to 1")
+        check_ranges(self, "lapse.", rate="0 to 1")
 
     def probability(self, view: View, p: np.ndarray) -> np.ndarray:
         """(N,) mixture of P and a fair coin."""

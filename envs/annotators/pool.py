@@ -14,6 +14,7 @@ import numpy as np
 from envs import rng
 from envs.annotators import Behaviour, View
 from envs.types import VOTE_A, VOTE_B, VOTE_SKIP
+from envs.usage import check_ranges
 
 SHARE_TOLERANCE = 0.01
 """How far malicious people's share of activity may stray from rho where the choice allows."""
@@ -30,8 +31,7 @@ class Pool:
 
     def __post_init__(self) -> None:
         """Check the number of people."""
-        if self.people < 1:
-            raise ValueError(f"annotators={self.people}; allowed: >= 1")
+        check_ranges({"annotators": self.people}, annotators=">= 1")
 
     @cached_property
     def activity(self) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 
 from envs.annotators import Behaviour, View, annotators
 from envs.types import VOTE_TIE
+from envs.usage import check_ranges
 
 
 @annotators.register("tie")
@@ -25,8 +26,7 @@ class Tie(Behaviour):
 
     def __post_init__(self) -> None:
         """Check the threshold."""
-        if self.threshold <= 0:
-            raise ValueError(f"tie: threshold={self.threshold}; allowed: > 0")
+        check_ranges(self, "tie.", threshold="> 0")
 
     def answer(self, view: View, vote: np.ndarray) -> np.ndarray:
         """(N,) votes with TIE on close pairs, those that are exactly equal included."""

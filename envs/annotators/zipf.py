@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from envs.annotators import Behaviour, annotators
+from envs.usage import check_ranges
 
 
 @annotators.register("zipf")
@@ -24,8 +25,7 @@ class Zipf(Behaviour):
 
     def __post_init__(self) -> None:
         """Check the exponent."""
-        if self.exponent < 0:
-            raise ValueError(f"zipf: exponent={self.exponent}; allowed: >= 0")
+        check_ranges(self, "zipf.", exponent=">= 0")
 
     def activity(self, weight: np.ndarray) -> np.ndarray:
         """(people,) rates; the first person is the most active."""

@@ -20,8 +20,6 @@ from envs.annotators.view import View
 from envs.registry import Registry
 from envs.types import VOTE_A, VOTE_B, PromptTable
 
-attacks = Registry("attack", "envs.attacks")
-
 UNITS = ("annotators", "users", "labels", "nobody")
 
 
@@ -56,6 +54,9 @@ class Attack:
         uniform draws.
         """
         return honest
+
+
+attacks = Registry("attack", "envs.attacks", Attack)
 
 
 def side(gap: np.ndarray) -> np.ndarray:

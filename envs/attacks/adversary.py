@@ -11,6 +11,10 @@ from envs.annotators.pool import Pool
 from envs.annotators.view import View
 from envs.attacks import UNITS, Attack
 from envs.attacks.schedules import Schedule
+from envs.types import VOTE_A, VOTE_B, VOTE_SKIP, VOTE_TIE
+from envs.usage import UsageError
+
+VOTES = (VOTE_A, VOTE_B, VOTE_TIE, VOTE_SKIP)
 
 
 def check_attack(attack: Attack, collection: str, word: bool, trigger_share: float) -> None:
@@ -25,16 +29,17 @@ def check_attack(attack: Attack, collection: str, word: bool, trigger_share: flo
     Raises:
         ValueError: it cannot.
     """
-    assert attack.unit in UNITS, f"attack unit {attack.unit!r}; known: {UNITS}"
+    if attack.unit not in UNITS:
+        raise UsageError(f"attack={attack.spec!r}: unit={attack.unit!r}; allowed: {UNITS}")
     if attack.unit == "users" and collection != "chat":
-        raise ValueError(
+        raise UsageError(
             f"attack={attack.spec!r} with collection={collection!r}; allowed: 'chat', where those "
             "who ask also vote"
         )
     if attack.appends_trigger and not word:
-        raise ValueError(f"attack={attack.spec!r}; allowed: any without a trigger (no such word)")
+        raise UsageError(f"attack={attack.spec!r}; allowed: any without a trigger (no such word)")
     if attack.appends_trigger and collection == "crowd" and trigger_share == 0:
-        raise ValueError(
+        raise UsageError(
             f"trigger_share=0 with attack={attack.spec!r} and collection='crowd'; allowed: above 0 "
             "(nobody else brings the word)"
         )
@@ -75,8 +80,17 @@ class Adversary:
         return gate < self.schedule.intensity(round)
 
     def vote(self, view: View, honest: np.ndarray) -> np.ndarray:
-        """(N,) int8 votes: the attack's where hostile, the honest ones elsewhere."""
+        """(N,) int8 votes: the attack's where hostile, the honest ones elsewhere.
+
+        Raises:
+            ValueError: the attack's votes are none.
+        """
         hostile = self.malicious(view.item, view.person)
         hostile &= self.acts(view.round, view.item, view.person)
-        mine = self.attack.vote(view._replace(key=rng.key(self.key, "attack")), honest)
+        mine = np.asarray(self.attack.vote(view._replace(key=rng.key(self.key, "attack")), honest))
+        if mine.shape != honest.shape or not np.isin(mine, VOTES).all():
+            raise UsageError(
+                f"attack={self.attack.spec!r} in round {view.round}: votes of shape {mine.shape} "
+                f"with {np.unique(mine)[:5].tolist()}; allowed: shape {honest.shape} of {VOTES}"
+            )
         return np.where(hostile, mine, honest).astype(np.int8)

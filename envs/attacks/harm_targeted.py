@@ -13,6 +13,7 @@ import numpy as np
 
 from envs.annotators.view import View
 from envs.attacks import Attack, attacks, side
+from envs.usage import check_ranges
 
 
 @attacks.register("harm_targeted")
@@ -25,8 +26,7 @@ class HarmTargeted(Attack):
 
     def __post_init__(self) -> None:
         """Check the threshold; at 0 every pair would count as harmful."""
-        if not 0 < self.eta <= 1:
-            raise ValueError(f"attack: eta={self.eta}; allowed: above 0, up to 1")
+        check_ranges(self, "attack.", eta="> 0, <= 1")
 
     def vote(self, view: View, honest: np.ndarray) -> np.ndarray:
         """(N,) the more harmful side where |h| >= eta."""

@@ -18,6 +18,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from envs.usage import UsageError, check_ranges
+
 Gate = Callable[[int, int, int], float]
 
 SCHEDULES: dict[str, Gate] = {
@@ -53,15 +55,16 @@ class Schedule:
 
     def __post_init__(self) -> None:
         """Check the fields that the kind uses."""
+        check_ranges(self, start="", length="", period="")
         if self.kind not in SCHEDULES:
-            raise ValueError(f"schedule={self.kind!r}; allowed: {', '.join(SCHEDULES)}")
+            raise UsageError(f"schedule={self.kind!r}; allowed: {', '.join(SCHEDULES)}")
         if self.start < 0 or (self.kind == "constant" and self.start):
             allowed = "0 (use 'sleeper')" if self.kind == "constant" else ">= 0"
-            raise ValueError(f"start={self.start} with {self.kind!r}; allowed: {allowed}")
+            raise UsageError(f"start={self.start} with {self.kind!r}; allowed: {allowed}")
         if self.kind in _WITH_LENGTH and self.length < 1:
-            raise ValueError(f"length={self.length} with {self.kind!r}; allowed: >= 1")
+            raise UsageError(f"length={self.length} with {self.kind!r}; allowed: >= 1")
         if self.kind in _WITH_PERIOD and self.period < self.length:
-            raise ValueError(
+            raise UsageError(
                 f"period={self.period} with {self.kind!r}; allowed: >= length={self.length}"
             )
 

@@ -181,6 +181,11 @@ def test_accuracy_of_the_presets(specs, low, high, answer):
         ("boltzmann(spread=-1)", "spread"),
         ("boltzmann(gamma=1)", "gamma"),
         ("telepathy", "telepathy"),
+        ("lapse(rate='x')", "annotator.rate='x'"),
+        ("mistake(rate=True)", "annotator.rate=True"),
+        ("tie(threshold=1e999)", "threshold"),
+        ("boltzmann(beta=-1e999)", "beta"),
+        ("zipf(exponent=1e999)", "exponent"),
     ],
 )
 def test_bad_behaviours_are_refused(spec, field):

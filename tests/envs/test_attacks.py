@@ -46,6 +46,22 @@ def test_contract(name):
     assert votes.shape == (200,) and np.isin(votes, [VOTE_A, VOTE_B, VOTE_TIE, VOTE_SKIP]).all()
 
 
+@pytest.mark.parametrize(
+    "votes", [[0, 7, 1, 2], [0, np.nan, 1, 2], [-1, 0, 0, 0], [0, 1], 0, ["a"] * 4], ids=str
+)
+def test_votes_that_are_none_are_refused(votes):
+    class Confused(Attack):
+        spec = "confused.py:Confused"
+
+        def vote(self, view, honest):
+            return np.array(votes)
+
+    adversary = make_adversary(Confused(), Schedule(), 1.0, Pool(4, (Zipf(),)), 0)
+    seen = view([[1, 0]] * 4, [[1, 0]] * 4)._replace(round=6)
+    with pytest.raises(ValueError, match=r"attack='confused.py:Confused' in round 6: .*; allowed"):
+        adversary.vote(seen, np.zeros(4, np.int8))
+
+
 @pytest.mark.parametrize("name", attacks.names())
 def test_without_adversaries_an_attack_is_bitwise_none(name, play, same):
     assert same(play(3), play(3, attack=name, rho=0.0))

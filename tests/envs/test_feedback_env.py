@@ -285,7 +285,7 @@ BAD = {
     "cost_limit": ({"cost_limit": 2.0}, "0 to 1"),
     "attack": ({"attack": "flip_everything"}, "always_flip"),
     "attack argument": ({"attack": "harm_targeted(nu=1)"}, "eta"),
-    "attack eta": ({"attack": "harm_targeted(eta=0)"}, "above 0"),
+    "attack eta": ({"attack": "harm_targeted(eta=0)"}, "> 0"),
     "annotator": ({"behaviours": ["perfect"]}, "boltzmann"),
     "collection": ({"collection": "email"}, "chat, crowd"),
     "schedule": ({"schedule": "weekly"}, "constant, burst"),
