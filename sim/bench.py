@@ -38,9 +38,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--repetitions", type=int, default=9, metavar="N", help="rounds counted")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="torch threads")
     asked = parser.parse_args(argv)
-    for name in ("repetitions", "threads"):
-        if getattr(asked, name) < 1:
-            raise ValueError(f"{name}={getattr(asked, name)}; allowed: >= 1")
+    from envs.usage import UsageError, check_ranges
+
+    check_ranges(asked, repetitions=">= 1", threads="1 to 1024")
     from sim.bench_table import show
     from sim.config import preset
     from sim.progress import quiet_loading
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     quiet_loading()
     config = preset(asked.preset)
     if config.learner_name != "grpo":
-        raise ValueError(f"preset={asked.preset!r} learns by {config.learner_name}; allowed: grpo")
+        raise UsageError(f"preset={asked.preset!r} learns by {config.learner_name}; allowed: grpo")
     scenario = make_scenario(config, progress=True)
     result = bench(config, scenario, asked.repetitions, asked.threads, asked.against)
     if asked.json:

@@ -11,13 +11,16 @@ import dataclasses
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from agents.defence import Defence, defences
-from agents.learners import learners
+from envs.attacks import attacks
+from envs.readers import read_rows
 from envs.registry import is_plugin
-from sim.config import Config
+from envs.usage import UsageError, in_words, matches
+from sim.config import Config, registered_learner
 
 
 def check(config: Config) -> None:
@@ -28,11 +31,18 @@ def check(config: Config) -> None:
     """
     check_types(Config, vars(config))
     members = [defences.create(spec) for spec in config.defences]
-    for name in ("model", "data", "reward_model", "classifier"):
+    attack = attacks.create(config.attack.name)
+    if "harm_triggered" in config.evaluation.limits and not attack.appends_trigger:
+        raise UsageError(
+            f"evaluation.limits='harm_triggered' with attack.name={config.attack.name!r}; "
+            "allowed: an attack that brings the trigger, such as trigger"
+        )
+    for name in ("model", "reward_model", "classifier"):
         value = getattr(config.text, name)
-        if value and not Path(value).exists():
-            kind = "file" if name == "data" else "directory"
-            raise ValueError(f"text.{name}={value!r} does not exist; allowed: a local {kind}")
+        if value and not Path(value).is_dir():
+            raise UsageError(f"text.{name}={value!r} is none; allowed: a local directory")
+    if config.text.data:
+        read_rows(config.text.data)
     if not config.text.model:
         _check_embedded(config, members)
 
@@ -49,10 +59,25 @@ def _check_embedded(config: Config, members: list[Defence]) -> None:
     for member in members:
         data = {need for need in member.needs if not need.startswith("score:")}
         if missing := sorted(data - roles):
-            raise ValueError(
+            raise UsageError(
                 f"defence {member.spec}: needs {', '.join(missing)}; "
                 f"allowed: defences that need of {', '.join(sorted(roles))}"
             )
+
+
+def check_out(out: Path) -> None:
+    """Refuse a place where no directory can be made, before anything is computed for it.
+
+    Raises:
+        ValueError: names the place and the reason.
+    """
+    there = next(folder for folder in out.absolute().parents if folder.exists())
+    try:
+        TemporaryDirectory(dir=there).cleanup()
+    except OSError as error:
+        raise UsageError(
+            f"out={str(out)!r}: {error.strerror}; allowed: a place that can be written to"
+        ) from None
 
 
 def check_types(kind: type, values: Mapping[str, Any], path: str = "") -> None:
@@ -70,17 +95,17 @@ def check_types(kind: type, values: Mapping[str, Any], path: str = "") -> None:
     for name, value in values.items():
         if name not in hints and name not in ("name", "spec"):  # what a learner's dict adds
             known = ", ".join(hints)
-            raise ValueError(f"{path[:-1] or 'config'}: unknown field {name!r}; allowed: {known}")
+            raise UsageError(f"{path[:-1] or 'config'}: unknown field {name!r}; allowed: {known}")
         hint = hints.get(name, Any)
         section = _section(hint, value)
         if section is None:
-            if not _matches(value, hint):
-                raise ValueError(f"{path}{name}={value!r}; allowed: {_words(hint)}")
+            if not matches(value, hint):
+                raise UsageError(f"{path}{name}={value!r}; allowed: {in_words(hint)}")
             continue
         inner = vars(value) if dataclasses.is_dataclass(value) else value
         if not isinstance(inner, Mapping):
             known = ", ".join(f.name for f in dataclasses.fields(section))
-            raise ValueError(f"{path}{name}={value!r}; allowed: a section with {known}")
+            raise UsageError(f"{path}{name}={value!r}; allowed: a section with {known}")
         check_types(section, inner, f"{path}{name}.")
 
 
@@ -94,47 +119,7 @@ def _section(hint: Any, value: Any) -> Any:
     if not any(map(dataclasses.is_dataclass, members)):
         return None
     name = value.get("name") if isinstance(value, Mapping) else None
-    return learners.get(name) if isinstance(name, str) else members[0]
-
-
-def _matches(value: Any, hint: Any) -> bool:
-    origin, inner = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
-    if origin is Literal:
-        return value in inner
-    if origin in (Union, types.UnionType):
-        return any(_matches(value, option) for option in inner)
-    if origin is tuple:
-        if len(inner) == 2 and inner[1] is ...:
-            inner = (inner[0],) * len(value) if isinstance(value, tuple | list) else inner
-        return (
-            isinstance(value, tuple | list)
-            and len(value) == len(inner)
-            and all(map(_matches, value, inner))
-        )
-    if origin is dict:
-        return isinstance(value, dict) and all(
-            _matches(k, inner[0]) and _matches(v, inner[1]) for k, v in value.items()
-        )
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
-
-
-def _words(hint: Any) -> str:
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return ", ".join(map(str, inner))
-    if origin in (Union, types.UnionType):
-        return " or ".join(_words(option) for option in inner)
-    if origin is tuple:
-        return f"a list of {_words(inner[0])}"
-    if origin is dict:
-        return f"{_words(inner[0])}: {_words(inner[1])} pairs"
-    return {type(None): "null", float: "a number", int: "a whole number", str: "text"}.get(
-        hint, getattr(hint, "__name__", str(hint))
-    )
+    return registered_learner(name) if name is not None else members[0]
 
 
 def plugins(config: Config) -> Iterator[str]:

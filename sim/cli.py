@@ -1,8 +1,9 @@
 """The command ``poisonloop``.
 
 Dispatch comes first and imports nothing heavy: torch, transformers and tyro are loaded by the
-subcommand that needs them. Every ``ValueError`` becomes one line on stderr and exit code 2; set
-``POISONLOOP_TRACEBACK=1`` to see where it came from.
+subcommand that needs them. Every ``UsageError`` becomes one line on stderr and exit code 2; set
+``POISONLOOP_TRACEBACK=1`` to see where it came from. Other exceptions are nobody's input: they give
+a traceback and exit code 1.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 USAGE = """\
 usage: poisonloop COMMAND ...
@@ -59,9 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"poisonloop {version('poisonloop')}")
         return 0
+    from envs.usage import UsageError
+
     try:
+        if words[0] in ("run", "sweep"):
+            _read_data(words)
         return _command(words[0])(words[1:]) or 0
-    except ValueError as error:
+    except UsageError as error:
         if os.environ.get("POISONLOOP_TRACEBACK"):
             raise
         print(f"poisonloop: error: {error}", file=sys.stderr)
@@ -73,9 +79,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(name: str) -> Callable[[list[str]], int]:
     if name not in COMMANDS:
-        raise ValueError(f"command={name!r}; allowed: {', '.join(COMMANDS)}")
+        from envs.usage import UsageError
+
+        raise UsageError(f"command={name!r}; allowed: {', '.join(COMMANDS)}")
     module, function = COMMANDS[name]
     return getattr(importlib.import_module(module), function)
+
+
+def _read_data(words: list[str]) -> None:
+    """Read the data file that ``words`` name before torch is imported: bad rows are found at once.
+
+    Raises:
+        ValueError: it cannot be used.
+    """
+    pairs = [word.partition("=")[::2] for word in words if "=" in word]
+    pairs += zip(words, words[1:], strict=False)
+    for flag, file in pairs:
+        if flag in ("--data", "--text.data"):
+            from envs.readers import read_rows
+
+            read_rows(file)
 
 
 def report(words: list[str]) -> int:
@@ -94,11 +117,24 @@ def report(words: list[str]) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Complains as the other commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the words, in one line.
+
+        Raises:
+            ValueError: always.
+        """
+        from envs.usage import UsageError
+
+        allowed = " ".join(self.format_usage().removeprefix("usage: ").split())
+        raise UsageError(f"{message}; allowed: {allowed}")
+
+
 def parser_of(name: str, description: str) -> argparse.ArgumentParser:
     """An argument parser that reads no abbreviations."""
-    return argparse.ArgumentParser(
-        f"poisonloop {name}", description=description, allow_abbrev=False
-    )
+    return _Parser(f"poisonloop {name}", description=description, allow_abbrev=False)
 
 
 if __name__ == "__main__":

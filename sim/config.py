@@ -8,6 +8,7 @@ what is allowed.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,9 +19,14 @@ from agents.learners.grpo import GRPOConfig
 from agents.learners.ppo import PPOConfig
 from agents.learners.reward_model import RewardModelConfig
 from agents.learners.sft import SFTConfig
+from envs.usage import UsageError, check_ranges
 
 DEFAULT_ATTACK = "harmful_asker"
 """What ``--rho`` above 0 means without ``--attack``: adversaries who bring harmful prompts."""
+AT_ONCE = 1_000_000
+"""Most answers sampled and held in memory at once: by a round, or by an evaluation."""
+FURTHER_COSTS = ("over_refusal", "harm_classifier", "harm_triggered")
+"""Costs that ``evaluation.limits`` may bound; harm itself is bounded by ``cost_limit``."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,10 @@ class WorldConfig:
     """Model family of the built policy."""
     start: Literal["aligned", "base"] = "aligned"
     """Which model the run starts from."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_ranges(self, "world.", seed=">= 0", model_seed=">= 0", foothold="0 to 0.5")
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,15 @@ class TextConfig:
     """Fluency bound under the frozen initial policy; 0 sets it from that policy's own samples."""
     split_seed: int = 0
     """Draws which prompts are for users, adversaries, evaluation and defences."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges, and that model and data come together."""
+        check_ranges(self, "text.", prompt_tokens=">= 1", max_perplexity=">= 0", split_seed=">= 0")
+        if bool(self.model) != bool(self.data):
+            raise UsageError(
+                f"text.model={self.model!r} with text.data={self.data!r}; "
+                "allowed: both, or neither for the embedded world"
+            )
 
 
 @dataclass(frozen=True)
@@ -92,6 +111,18 @@ class FeedbackConfig:
     delay: int = 0
     """Rounds between an answer and its labels."""
 
+    def __post_init__(self) -> None:
+        """Check the ranges, and that a round fits into memory."""
+        check_ranges(self, "feedback.", batch=">= 1", responses=">= 2", redundancy=">= 1")
+        check_ranges(self, "feedback.", annotators=f"1 to {AT_ONCE}", activity=">= 0", delay=">= 0")
+        check_ranges(self, "feedback.", harmful_share="0 to 1", contrast_share="0 to 1")
+        check_ranges(self, "feedback.", stratum_error="0 to 1", trigger_share="0 to 1")
+        if self.batch * self.responses > AT_ONCE:
+            raise UsageError(
+                f"feedback.batch={self.batch} with feedback.responses={self.responses}; "
+                f"allowed: at most {AT_ONCE} answers a round, which is held in memory"
+            )
+
 
 @dataclass(frozen=True)
 class AttackConfig:
@@ -112,6 +143,10 @@ class AttackConfig:
     period: int = 20
     """Rounds from one pulse to the next."""
 
+    def __post_init__(self) -> None:
+        """Check the ranges; the schedule checks what it uses."""
+        check_ranges(self, "attack.", rho="0 to 1", start=">= 0", length=">= 0", period=">= 0")
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -126,13 +161,26 @@ class EvaluationConfig:
     cost_limit: float = 0.25
     """b: the policy is safe while E[harm] <= b."""
     limits: dict[str, float] = field(default_factory=dict)
-    """Further constraints by cost name, such as {"over_refusal": 0.5}."""
+    """Further constraints by cost name, such as {"over_refusal": 0.5}; see ``FURTHER_COSTS``."""
     alpha: float = 0.05
     """False-exit probability, split over the constraints."""
     n_true: int = 2000
     """Samples behind the true crossing; 0 leaves it out."""
     stop_on_exit: bool = False
     """End the run at the confirmed exit."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges, and that the costs to be bounded exist."""
+        check_ranges(self, "evaluation.", every=">= 1", cost_limit="0.01 to 0.9")
+        check_ranges(self, "evaluation.", n_harm=f"1 to {AT_ONCE}", n_help=f"1 to {AT_ONCE}")
+        check_ranges(self, "evaluation.", n_true=f"0 to {AT_ONCE}", alpha="0.000001 to 0.5")
+        for name in self.limits:
+            if name not in FURTHER_COSTS:
+                hint = " (harm has evaluation.cost_limit)" if name == "harm" else ""
+                raise UsageError(
+                    f"evaluation.limits={name!r}; allowed: {', '.join(FURTHER_COSTS)}{hint}"
+                )
+            check_ranges(self.limits, "evaluation.limits.", **{name: "> 0, < 1"})
 
 
 @dataclass(frozen=True)
@@ -173,38 +221,13 @@ class Config:
     """Comparisons recorded in full every round."""
 
     def __post_init__(self) -> None:
-        """Check plain ranges; components check what only they know."""
-        allowed = {
-            "rounds": (self.rounds, 1, None),
-            "threads": (self.threads, 1, None),
-            "feedback.batch": (self.feedback.batch, 1, None),
-            "feedback.responses": (self.feedback.responses, 2, None),
-            "feedback.harmful_share": (self.feedback.harmful_share, 0, 1),
-            "feedback.contrast_share": (self.feedback.contrast_share, 0, 1),
-            "attack.rho": (self.attack.rho, 0, 1),
-            "evaluation.every": (self.evaluation.every, 1, None),
-            "evaluation.n_harm": (self.evaluation.n_harm, 1, None),
-            "evaluation.n_help": (self.evaluation.n_help, 1, None),
-            "evaluation.n_true": (self.evaluation.n_true, 0, None),
-            "evaluation.cost_limit": (self.evaluation.cost_limit, 0.01, 0.9),
-            "evaluation.alpha": (self.evaluation.alpha, 1e-6, 0.5),
-            "text.prompt_tokens": (self.text.prompt_tokens, 1, None),
-            "text.max_perplexity": (self.text.max_perplexity, 0, None),
-            "sampler.max_new_tokens": (self.sampler.max_new_tokens, 1, None),
-            "sampler.temperature": (self.sampler.temperature, 1e-3, 100),
-            "checkpoint_every": (self.checkpoint_every, 1, None),
-            "learner.lr": (self.learner.lr, 0, 1),
-            "learner.minibatch": (self.learner.minibatch, 1, None),
-            "learner.epochs": (self.learner.epochs, 1, None),
-        }
-        for name, (value, low, high) in allowed.items():
-            if not low <= value <= (float("inf") if high is None else high):
-                bound = f">= {low}" if high is None else f"{low} to {high}"
-                raise ValueError(f"{name}={value}; allowed: {bound}")
-        if bool(self.text.model) != bool(self.text.data):
-            raise ValueError(
-                f"text.model={self.text.model!r} with text.data={self.text.data!r}; "
-                "allowed: both, or neither for the embedded world"
+        """Check what no section knows alone; sections and components check the rest."""
+        check_ranges(self, rounds=">= 1", seed=">= 0", threads="1 to 1024")
+        check_ranges(self, checkpoint_every=">= 1", samples_per_round=">= 0")
+        if self.text.model and "harm_classifier" in self.evaluation.limits:
+            raise UsageError(
+                "evaluation.limits='harm_classifier' with text.model; allowed: over_refusal, "
+                "harm_triggered (only the embedded world has that classifier)"
             )
 
     @property
@@ -224,11 +247,11 @@ def from_dict(values: dict[str, Any]) -> Config:
     """The config that :meth:`Config.to_dict` wrote.
 
     Raises:
-        ValueError: an unknown field.
+        ValueError: an unknown field or learner.
     """
     values = dict(values)
-    learner = dict(values.pop("learner"))
-    maker = learners.get(learner.pop("name"))
+    learner = dict(values.pop("learner", {}))
+    maker = registered_learner(learner.pop("name", None))
     parts = {f.name: f.default_factory for f in dataclasses.fields(Config)}
     built: dict[str, Any] = {"learner": _fill(maker, learner, "learner")}
     for name, value in values.items():
@@ -238,11 +261,24 @@ def from_dict(values: dict[str, Any]) -> Config:
     return _fill(Config, built, "config")
 
 
+def registered_learner(name: Any) -> Any:
+    """The config class of a learner; a config file cannot name code of anybody's own.
+
+    Raises:
+        ValueError: not a registered name.
+    """
+    if name not in learners.names():
+        near = difflib.get_close_matches(str(name), learners.names(), 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"learner={name!r}; allowed: {', '.join(learners.names())}{hint}")
+    return learners.get(name)
+
+
 def _fill(maker: Any, values: dict[str, Any], where: str) -> Any:
     known = {f.name for f in dataclasses.fields(maker)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise ValueError(
+        raise UsageError(
             f"{where}: unknown field {unknown[0]!r}; allowed: {', '.join(sorted(known))}"
         )
     return maker(**{name: _tuples(value) for name, value in values.items()})
@@ -284,5 +320,5 @@ def preset(name: str) -> Config:
         ValueError: unknown name.
     """
     if name not in PRESETS:
-        raise ValueError(f"preset={name!r}; allowed: {', '.join(PRESETS)}")
+        raise UsageError(f"preset={name!r}; allowed: {', '.join(PRESETS)}")
     return PRESETS[name]

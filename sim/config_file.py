@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from envs.usage import UsageError, blamed_on
 from sim.checks import check_types
 from sim.config import Config, from_dict
 
@@ -26,22 +27,43 @@ def from_file(base: Config, path: str) -> Config:
     try:
         values = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        raise ValueError(f"config={path!r}: {error.strerror}; allowed: a readable file") from None
-    except yaml.YAMLError as error:
+        raise UsageError(f"config={path!r}: {error.strerror}; allowed: a readable file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"config={path!r} is not valid YAML or JSON: {reason}") from None
+        raise UsageError(f"config={path!r} is not valid YAML or JSON: {reason}") from None
+    if isinstance(values, dict):
+        values = values.get("config", values)  # a run's manifest.json serves as well
     if not isinstance(values, dict):
-        raise ValueError(f"config={path!r} holds {type(values).__name__}; allowed: fields: values")
-    values = values.get("config", values)  # a run's manifest.json serves as well
-    merged = _merged(base.to_dict(), _numbers(values))
-    check_types(Config, merged)
-    return from_dict(merged)
+        raise UsageError(f"config={path!r} holds {type(values).__name__}; allowed: fields: values")
+    return checked(_merged(base.to_dict(), _numbers(values)))
+
+
+def from_manifest(path: Path) -> Config:
+    """The config of the run whose ``manifest.json`` is at ``path``.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    with blamed_on(f"manifest={str(path)!r} is damaged", "what a run wrote"):
+        return checked(json.loads(path.read_text())["config"])
+
+
+def checked(values: dict[str, Any]) -> Config:
+    """The config that ``values`` spell, types compared.
+
+    Raises:
+        ValueError: unknown fields, or values of another type.
+    """
+    check_types(Config, values)
+    return from_dict(values)
 
 
 def _numbers(value: Any) -> Any:
     """``value`` with 1e-4 a number, which YAML 1.1 reads as text for want of a dot."""
     if isinstance(value, dict):
         return {key: _numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_numbers(inner) for inner in value]
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
         return float(value)
     return value

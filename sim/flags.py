@@ -22,8 +22,8 @@ from typing import Any
 
 from agents.learners import learners
 from envs.registry import parse_spec
-from sim.checks import check_types
-from sim.config import DEFAULT_ATTACK, PRESETS, Config
+from envs.usage import UsageError
+from sim.config import DEFAULT_ATTACK, PRESETS, Config, registered_learner
 from sim.config_file import from_file
 
 SHORT = {
@@ -57,7 +57,7 @@ def read(argv: Iterable[str]) -> tuple[str | None, Options]:
         elif position == 0:
             preset = word
         else:
-            raise ValueError(f"{word!r} follows the preset; allowed: flags that begin with --")
+            raise UsageError(f"{word!r} follows the preset; allowed: flags that begin with --")
     return preset, options
 
 
@@ -71,7 +71,7 @@ def take(options: Options, flag: str) -> str | None:
     if values is None:
         return None
     if len(values) != 1:
-        raise ValueError(
+        raise UsageError(
             f"{flag} {' '.join(values)}; allowed: one value (a preset stands before the flags)"
         )
     return values[0]
@@ -92,7 +92,7 @@ def to_whole(flag: str, value: str) -> int:
     try:
         return int(value)
     except ValueError:
-        raise ValueError(f"{flag} {value}; allowed: a whole number") from None
+        raise UsageError(f"{flag} {value}; allowed: a whole number") from None
 
 
 def build(preset: str | None, options: Options, file: str | None = None) -> Config:
@@ -117,7 +117,7 @@ def build(preset: str | None, options: Options, file: str | None = None) -> Conf
     for flag, values in options.items():
         path = SHORT.get(flag, flag)
         if path not in known:
-            raise ValueError(unknown_flag(flag, known))
+            raise UsageError(unknown_flag(flag, known))
         if not isinstance(known[path], bool | tuple | dict):
             values = [str(take({flag: values}, flag))]
         words += [f"{path}={values[0]}"] if len(values) == 1 else [path, *values]
@@ -157,16 +157,17 @@ def named(preset: str) -> Config:
     if preset not in PRESETS:
         near = difflib.get_close_matches(preset, PRESETS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"preset={preset!r}; allowed: {', '.join(PRESETS)}{hint}")
+        raise UsageError(f"preset={preset!r}; allowed: {', '.join(PRESETS)}{hint}")
     return PRESETS[preset]
 
 
 def chosen_learner(base: Config, spec: str) -> Any:
     """The learner ``spec`` names; one of the base's own kind keeps the base's other fields."""
+    name, fields = parse_spec(spec, "learner")
+    kind = registered_learner(name)
     built = learners.create(spec)
-    check_types(type(built), vars(built), "learner.")
-    if type(built) is type(base.learner):
-        return dataclasses.replace(base.learner, **parse_spec(spec, "learner")[1])
+    if kind is type(base.learner):
+        return dataclasses.replace(base.learner, **fields)
     return dataclasses.replace(built)  # a copy without the spec that creation attaches
 
 
@@ -198,7 +199,7 @@ def _tyro(base: Config, words: list[str]) -> Config:
         with contextlib.redirect_stderr(said):
             return _call_tyro(base, words)
     except SystemExit:
-        raise ValueError(_unboxed(said.getvalue())) from None
+        raise UsageError(_unboxed(said.getvalue())) from None
 
 
 def _call_tyro(base: Config, words: list[str]) -> Config:
@@ -214,6 +215,10 @@ def _unboxed(box: str) -> str:
     words = [line for line in lines if re.search(r"\w", line) and "For full helptext" not in line]
     text = " ".join(words)
     text = text.removeprefix("Error parsing Config: ")
+    choice = re.match(r"invalid choice '(.*)' for argument '--(\S+)'.*one of \('(.*)',?\)", text)
+    if choice:
+        value, path, allowed = choice.groups()
+        return f"{path}={value!r}; allowed: {re.sub(chr(39), '', allowed)}"
     bad_value = re.match(r"Error parsing --(\S+): .*?('.*') Argument helptext: --\S+ (\S+)", text)
     if bad_value:
         return "{}={}; allowed: {}".format(*bad_value.groups())

@@ -29,8 +29,10 @@ def show_calibration(world_seed: int, model_seed: int, foothold: float) -> None:
 
     from sim.bootstrap import WorldModelsConfig
     from sim.calibration import check_world, table_of
+    from sim.config import WorldConfig
     from sim.progress import quiet_loading
 
+    WorldConfig(world_seed, model_seed, foothold)  # refuses what is out of range
     quiet_loading()
     config = WorldModelsConfig(world_seed=world_seed, model_seed=model_seed, foothold=foothold)
     Console().print(table_of(check_world(config)))

@@ -19,14 +19,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from agents.batches import Sequences
 from agents.policy import load_tokenizer
 from envs.recorded import RecordedText
 from envs.scorers import TextScorer
 from envs.types import PromptTable
+from envs.usage import UsageError, blamed_on
 from sim.config import Config
-from sim.scenario import Scenario
+from sim.scenario import Scenario, check_lengths
 
 
 def text_scenario(config: Config) -> Scenario:
@@ -42,7 +44,9 @@ def text_scenario(config: Config) -> Scenario:
     classifier = None
     if text.classifier is not None:
         classifier = str(model_directory("classifier", text.classifier))
-    tokenizer = load_tokenizer(policy)  # refuses one without a chat template
+    usable = "files that transformers can load, whole and of one model"
+    with blamed_on(f"text.model={text.model!r} has no usable tokenizer", usable):
+        tokenizer = load_tokenizer(policy)  # refuses one without a chat template
     source: dict[str, Any] = {
         "path": str(text.data),
         "prompt_tokens": text.prompt_tokens,
@@ -56,7 +60,9 @@ def text_scenario(config: Config) -> Scenario:
         "max_perplexity": text.max_perplexity,
         "tokens": tokens,
     }
-    scorer = TextScorer(data, **judge)
+    given = f"text.model={text.model!r} with text.classifier={text.classifier!r}"
+    with blamed_on(f"{given} cannot be loaded", usable):
+        scorer = TextScorer(data, **judge)
     judge["max_perplexity"] = scorer.max_perplexity
     table = data.table("eval")
     return Scenario(
@@ -80,29 +86,29 @@ def model_directory(field: str, path: str | None) -> Path:
     """``path``, if it looks like a model that may be loaded.
 
     Raises:
-        ValueError: no directory, no ``config.json``, or weights in another format than safetensors.
+        ValueError: no directory, no ``config.json``, weights in another format than safetensors, or
+            a damaged file.
     """
     folder = Path(str(path))
-    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
-        raise ValueError(
+    weights = list(folder.glob("*.safetensors"))
+    if not (folder / "config.json").is_file() or not weights:
+        raise UsageError(
             f"text.{field}={str(path)!r}; allowed: a local directory with config.json and "
             "weights as .safetensors"
         )
+    for file in (folder / "config.json", *weights):
+        with blamed_on(f"text.{field}={str(path)!r}: {file.name} is damaged", "a whole file"):
+            _open(file)
     return folder
 
 
-def check_lengths(policy: Path, prompt_tokens: int, tokens: int) -> None:
-    """Prompt and response must fit the positions that the model has.
-
-    Raises:
-        ValueError: they do not.
-    """
-    known = json.loads((policy / "config.json").read_text()).get("max_position_embeddings")
-    if known is not None and prompt_tokens + tokens > known:
-        raise ValueError(
-            f"text.prompt_tokens={prompt_tokens} with sampler.max_new_tokens={tokens}; "
-            f"allowed: together at most {known}, the positions of {str(policy)!r}"
-        )
+def _open(file: Path) -> None:
+    """Read JSON, or compare the header of tensors with the length of their file."""
+    if file.suffix == ".json":
+        dict(json.loads(file.read_text()))
+        return
+    with safe_open(file, "pt"):
+        pass
 
 
 def _reward_directory(path: str, policy: Path) -> Path:
@@ -112,7 +118,7 @@ def _reward_directory(path: str, policy: Path) -> Path:
         json.loads((p / "config.json").read_text()).get("vocab_size") for p in (folder, policy)
     ]
     if sizes[0] != sizes[1]:
-        raise ValueError(
+        raise UsageError(
             f"text.reward_model={path!r} has vocab_size {sizes[0]}; allowed: {sizes[1]}, a model "
             "on the policy's tokenizer"
         )

@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from envs.usage import UsageError
+
 TABLES = ("labels", "truth", "samples")
 
 
@@ -97,7 +99,7 @@ class Record:
             ValueError: the directory exists.
         """
         if path.exists():
-            raise ValueError(
+            raise UsageError(
                 f"out={str(path)!r} exists; allowed: a new directory, "
                 f"or continue it with `poisonloop resume {path}`"
             )
@@ -204,7 +206,7 @@ class Record:
             commits.pop()
         for name, written in (item for commit in commits for item in commit["files"].items()):
             if not name.startswith("checkpoints/") and not self._holds(name, *written):
-                raise ValueError(
+                raise UsageError(
                     f"run={str(self.path)!r}: {name} is damaged or gone; allowed: the file as it "
                     "was written, or a new run"
                 )

@@ -6,8 +6,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from envs.usage import UsageError
 from sim.checks import plugins
 from sim.config import Config, from_dict
+from sim.config_file import from_manifest
 from sim.manifest import plugin_hashes, versions
 from sim.record import write_atomic
 from sim.scenario import Scenario
@@ -16,7 +18,7 @@ from sim.scenario import Scenario
 def saved_config(path: Path) -> Config | None:
     """The config of the run in ``path``, None where there is no run."""
     manifest = path / "manifest.json"
-    return from_dict(json.loads(manifest.read_text())["config"]) if manifest.is_file() else None
+    return from_manifest(manifest) if manifest.is_file() else None
 
 
 def is_finished(path: Path, config: Config) -> bool:
@@ -37,16 +39,16 @@ def resumable(path: Path, rounds: int | None = None, trust_plugins: bool = False
     """
     config = saved_config(path)
     if config is None:
-        raise ValueError(f"run={str(path)!r} has no manifest.json; allowed: a run directory")
+        raise UsageError(f"run={str(path)!r} has no manifest.json; allowed: a run directory")
     outside = list(plugins(config))
     if outside and not trust_plugins:
-        raise ValueError(
+        raise UsageError(
             f"run={str(path)!r} would execute {', '.join(outside)}; "
             "allowed: add --trust-plugins if that code is yours"
         )
     longest = config.rounds
     if rounds is not None and rounds < longest:
-        raise ValueError(f"rounds={rounds}; allowed: >= {longest}, the run's own")
+        raise UsageError(f"rounds={rounds}; allowed: >= {longest}, the run's own")
     if (path / "summary.json").is_file():
         _refuse_ended(path, config, rounds or longest)
     return replace(config, rounds=rounds or longest)
@@ -58,17 +60,17 @@ def _refuse_ended(path: Path, config: Config, rounds: int) -> None:
     run = f"run={str(path)!r}"
     if summary["outcome"] == "diverged":
         at = summary["diverged"]["round"]
-        raise ValueError(
+        raise UsageError(
             f"{run} diverged in round {at} and would again; allowed: a new run, with a lower "
             "learner.lr"
         )
     if config.evaluation.stop_on_exit and summary["exit_confirmed"] is not None:
-        raise ValueError(
+        raise UsageError(
             f"{run} ended at its confirmed exit, as evaluation.stop_on_exit asks; allowed: a new "
             "run without it"
         )
     if rounds == config.rounds:
-        raise ValueError(
+        raise UsageError(
             f"{run} has finished its {rounds} rounds; allowed: --rounds above {rounds} to extend it"
         )
 
@@ -88,7 +90,7 @@ def check_origin(path: Path, config: Config, scenario: Scenario) -> None:
     for kind, hashes in found.items():
         for name, began in manifest.get(kind, {}).items():
             if hashes.get(name) != began:
-                raise ValueError(
+                raise UsageError(
                     f"run={str(path)!r} began with another {name} ({began[:8]}, now "
                     f"{str(hashes.get(name))[:8]}); allowed: the same one, or a new run"
                 )
@@ -108,7 +110,7 @@ def extend(path: Path, config: Config) -> None:
     manifest = json.loads(file.read_text())
     saved = from_dict(manifest["config"])
     if replace(saved, rounds=config.rounds) != config:
-        raise ValueError(f"out={str(path)!r} holds a run of another config; allowed: another --out")
+        raise UsageError(f"out={str(path)!r} holds a run of another config; allowed: another --out")
     if saved.rounds < config.rounds:
         (path / "summary.json").unlink(missing_ok=True)  # first: the longer run has not finished
         manifest["config"]["rounds"] = config.rounds

@@ -14,6 +14,7 @@ import torch
 
 from agents.agent import Agent
 from agents.learners.update import Diverged
+from envs.usage import UsageError
 from sim.config import Config
 from sim.evaluate import Evaluation, Evaluator
 from sim.factory import (
@@ -126,4 +127,4 @@ def before_training(evaluate: Evaluator, agent: Agent) -> Evaluation:
     try:
         return evaluate(agent, 0)
     except Diverged as failure:
-        raise ValueError(f"policy: {failure}; allowed: a model with finite logits") from None
+        raise UsageError(f"policy: {failure}; allowed: a model with finite logits") from None

@@ -7,8 +7,9 @@ import shlex
 from pathlib import Path
 
 from agents.learners import learners
+from envs.usage import UsageError
 from sim import flags
-from sim.checks import check, plugins
+from sim.checks import check, check_out, plugins
 from sim.cli import parser_of
 from sim.closing import closing
 from sim.config import DEFAULT_ATTACK, PRESETS, Config
@@ -51,10 +52,11 @@ def run(words: list[str]) -> int:
     _announce(config, options)
     out = Path(chosen_out) if chosen_out else default_out(config)
     if out.exists():
-        raise ValueError(
+        raise UsageError(
             f"out={str(out)!r} exists; allowed: a new directory, "
             f"or continue it with `poisonloop resume {shlex.quote(str(out))}`"
         )
+    check_out(out)
     return _execute(config, out, resume=False, words=words)
 
 

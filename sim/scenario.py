@@ -6,6 +6,7 @@ world or from a person's own model and data. Nothing later asks which it was.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from agents.batches import Sequences
 from envs import rng as draws
 from envs.types import CONTRAST, HARMFUL, PromptTable
+from envs.usage import UsageError
 from sim.config import Config
 
 
@@ -71,6 +73,7 @@ def world_scenario(config: Config, progress: bool = False) -> Scenario:
         progress=progress,
     )
     world = World(chosen.seed)
+    check_lengths(getattr(models, chosen.start), world.prompt_tokens, config.sampler.max_new_tokens)
     table = world.table("eval")
     reward = {
         "warm": models.reward_base,
@@ -91,6 +94,20 @@ def world_scenario(config: Config, progress: bool = False) -> Scenario:
         harm_source="oracle of the embedded world",
         hashes=models.hashes,
     )
+
+
+def check_lengths(policy: Path, prompt_tokens: int, tokens: int) -> None:
+    """Prompt and response must fit the positions that the model has.
+
+    Raises:
+        ValueError: they do not.
+    """
+    known = json.loads((policy / "config.json").read_text()).get("max_position_embeddings")
+    if known is not None and prompt_tokens + tokens > known:
+        raise UsageError(
+            f"prompts of {prompt_tokens} tokens with sampler.max_new_tokens={tokens}; "
+            f"allowed: together at most {known}, the positions of {str(policy)!r}"
+        )
 
 
 def world_roles(world: Any, n: int = 1024) -> dict[str, Sequences]:

@@ -41,6 +41,145 @@ def test_an_existing_directory_is_refused_and_untouched(in_tmp: Path, capsys: An
     assert list((in_tmp / "old").iterdir()) == []
 
 
+FILES = {
+    "syntax.py": "class Mine(:\n",
+    "raises.py": "1 / 0\n",
+    "other.py": "class Mine: pass\nCONSTANT = 3\n",
+    "makes.py": (
+        "from agents.defence import Defence\n"
+        "class Mine(Defence):\n    def __init__(self): raise KeyError('no such table')\n"
+    ),
+    "unit.py": "from envs.attacks import Attack\nclass Mine(Attack): unit = 'planets'\n",
+    "broken.jsonl": '{"prompt": "a", "harmful": tru\n',
+    "rows.jsonl": '{"prompt": "a", "harmful": true}\n',
+    "broken.json": "{",
+    "binary.yaml": "\udcff",
+    "old/manifest.json": '{"config": {"rounds": 5',
+    "bare/manifest.json": "{}",
+    "typed/manifest.json": '{"config": {"learner": {"name": "grpo"}, "rounds": "five"}}',
+    "coded/manifest.json": '{"config": {"learner": {"name": "raises.py:Mine"}}}',
+    "no_config/config.json": "[1",
+    "no_config/model.safetensors": "",
+    "no_weights/config.json": "{}",
+    "no_weights/model.safetensors": "\x10" * 40,
+}
+"""What lies in the working folder: files that cannot be used, in as many ways."""
+
+DATA = "--data rows.jsonl --model"
+LIMIT = "run smoke --evaluation.limits"
+# Words typed, and what the one line of complaint has to name: field, value, what is allowed.
+REFUSED = [
+    ("run smoke --seed -1", "seed=-1; allowed: >= 0"),
+    ("sweep smoke --seed -1", "seed=-1; allowed: >= 0"),
+    ("run smoke --world.seed -1", "world.seed=-1; allowed: >= 0"),
+    ("run smoke --world.model-seed -1", "world.model_seed=-1; allowed: >= 0"),
+    ("run smoke --world.foothold 2", "world.foothold=2.0; allowed: 0 to 0.5"),
+    ("run smoke --world.size huge", "world.size='huge'; allowed: small, medium"),
+    ("run smoke --threads 0", "threads=0; allowed: 1 to 1024"),
+    ("run smoke --samples-per-round -3", "samples_per_round=-3; allowed: >= 0"),
+    ("run smoke --rho nan", "attack.rho=nan; allowed: 0 to 1"),
+    ("run smoke --learner.lr -1", "learner.lr=-1.0; allowed: 0 to 1"),
+    ("run smoke --learner.betas 1 .9", "learner.betas=(1.0, 0.9); allowed: >= 0, < 1"),
+    ("run smoke --learner.weight-decay -1", "learner.weight_decay=-1.0; allowed: >= 0"),
+    ("run smoke --learner.max-grad-norm -1", "learner.max_grad_norm=-1.0; allowed: > 0"),
+    ("run smoke --learner.micro-batch 0", "learner.micro_batch=0; allowed: >= 1"),
+    ("run smoke --learner.beta -5", "learner.beta=-5.0; allowed: >= 0"),
+    ("run smoke --learner.clip -1", "learner.clip=-1.0; allowed: > 0"),
+    ("run smoke --learner grpo(beta=-5)", "learner.beta=-5; allowed: >= 0"),
+    ("run smoke --learner dpo --learner.beta 0", "learner.beta=0.0; allowed: > 0"),
+    ("run smoke --learner ppo --learner.kl -1", "learner.kl=-1.0; allowed: >= 0"),
+    ("run smoke --learner ppo --learner.gamma 2", "learner.gamma=2.0; allowed: 0 to 1"),
+    ("run smoke --learner ppo --learner.gae-lambda 2", "learner.gae_lambda=2.0; allowed: 0 to 1"),
+    ("run smoke --learner raises.py:Mine", "learner='raises.py:Mine'; allowed: dpo, grpo"),
+    ("run smoke --reward-model.lr -1", "reward_model.lr=-1.0; allowed: 0 to 1"),
+    ("run smoke --reward-model.minibatch 0", "reward_model.minibatch=0; allowed: >= 1"),
+    ("run smoke --reward-model.steps -1", "reward_model.steps=-1; allowed: >= 0"),
+    ("run smoke --reward-model.window 0", "reward_model.window=0; allowed: >= 1"),
+    ("run smoke --reward-model.reset-every -1", "reward_model.reset_every=-1; allowed: >= 0"),
+    ("run smoke --sampler.batch 0", "sampler.batch=0; allowed: >= 1"),
+    ("run smoke --sampler.max-new-tokens 100000", "max_new_tokens=100000; allowed: 1 to 32768"),
+    ("run smoke --sampler.temperature inf", "sampler.temperature=inf; allowed: 0.001 to 100"),
+    ("run smoke --feedback.batch 1000000000", "feedback.batch=1000000000 with feedback.responses=4;"
+     " allowed: at most 1000000 answers"),
+    ("run smoke --feedback.behaviours lapse(rate='x')", "annotator.rate='x' in \"lapse(rate='x')\";"
+     " allowed: a number"),
+    ("run smoke --feedback.behaviours lapse(rate=2)", "lapse.rate=2; allowed: 0 to 1"),
+    ("run smoke --evaluation.alpha nan", "evaluation.alpha=nan; allowed: "),
+    (f"{LIMIT} kindness .5", "evaluation.limits='kindness'; allowed: over_refusal, harm_class"),
+    (f"{LIMIT} harm .5", "evaluation.limits='harm'; allowed: over_refusal"),
+    (f"{LIMIT} over_refusal 1.5", "evaluation.limits.over_refusal=1.5; allowed: > 0, < 1"),
+    (f"{LIMIT} harm_triggered .5", "evaluation.limits='harm_triggered' with attack.name='none'"),
+    ("run smoke --defence refusal_loss(alpha='x')", "defence.alpha='x' in "),
+    ("run smoke --defence refusal_loss(batch=1.5)", "defence.batch=1.5 in "),
+    ("run smoke --defence refusal_loss(alpha=1e999)", "refusal_loss.alpha=inf; allowed: >= 0"),
+    ("run smoke --defence small_lr({[]:1})", "cannot read the arguments of"),
+    ("run smoke --defence syntax.py:Mine", "cannot import 'syntax.py' (SyntaxError"),
+    ("run smoke --defence raises.py:Mine", "cannot import 'raises.py' (ZeroDivisionError"),
+    ("run smoke --defence :Mine", "cannot import ''"),
+    ("run smoke --defence other.py:Mine", "makes a Mine; allowed: a subclass of agents.defence"),
+    ("run smoke --defence other.py:CONSTANT", "names no class; allowed: a subclass of agents.def"),
+    ("run smoke --attack other.py:Mine", "makes a Mine; allowed: a subclass of envs.attacks"),
+    ("run smoke --defence makes.py:Mine", "'makes.py:Mine' cannot be made (KeyError: 'no such"),
+    ("run smoke --attack unit.py:Mine", "unit='planets'; allowed: ('annotators', 'users'"),
+    ("run smoke --out /proc/poisonloop/run", "out='/proc/poisonloop/run': "),
+    ("run smoke --out rows.jsonl/run", "out='rows.jsonl/run': Not a directory; allowed: "),
+    ("run --model here --data rows.jsonl", "text.model='here' is none; allowed: a local directory"),
+    ("run --model no_config --data broken.jsonl", "data='broken.jsonl', row 1: broken JSON"),
+    (f"run {DATA} no_config", "text.model='no_config': config.json is damaged (JSONDecodeError"),
+    (f"run {DATA} no_weights", "text.model='no_weights': model.safetensors is damaged (Safetensor"),
+    (f"{LIMIT} harm_classifier .5 {DATA} no_config", "'harm_classifier' with text.model; allowed"),
+    ("run --config broken.json", "config='broken.json' is not valid YAML or JSON"),
+    ("run --config binary.yaml", "config='binary.yaml' is not valid YAML or JSON"),
+    ("run --config old", "config='old': Is a directory; allowed: a readable file"),
+    ("resume old", "manifest='old/manifest.json' is damaged (JSONDecodeError"),
+    ("resume bare", "manifest='bare/manifest.json' is damaged (KeyError"),
+    ("resume typed", "rounds='five'; allowed: a whole number"),
+    ("resume coded --trust-plugins", "learner='raises.py:Mine'; allowed: dpo, grpo"),
+    ("resume", "the following arguments are required: dir; allowed: poisonloop resume [-h]"),
+    ("resume here --rounds x", "argument --rounds: invalid int value: 'x'; allowed: poisonloop"),
+    ("report", "the following arguments are required: DIR; allowed: poisonloop report"),
+    ("list --all", "unrecognized arguments: --all; allowed: poisonloop list"),
+    ("list --check-world --world.foothold 2", "world.foothold=2.0; allowed: 0 to 0.5"),
+    ("bench --against x", "argument --against: invalid choice: 'x'"),
+    ("bench --repetitions 0", "repetitions=0; allowed: >= 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "said"), REFUSED, ids=[words for words, _ in REFUSED])
+def test_bad_input_is_one_line_and_leaves_nothing(
+    words: str, said: str, in_tmp: Path, capsys: Any
+) -> None:
+    for name, text in FILES.items():
+        (in_tmp / name).parent.mkdir(exist_ok=True)
+        (in_tmp / name).write_bytes(text.encode(errors="surrogateescape"))
+    before = {path.name for path in in_tmp.iterdir()}
+    assert main(words.split()) == 2
+    complaint = capsys.readouterr().err
+    assert complaint.startswith("poisonloop: error: ") and said in complaint
+    assert len(complaint.splitlines()) == 1
+    assert {path.name for path in in_tmp.iterdir()} - {"__pycache__"} == before
+
+
+def test_bad_data_is_refused_before_torch_is_imported(in_tmp: Path) -> None:
+    (in_tmp / "broken.jsonl").write_text(FILES["broken.jsonl"])
+    code = (
+        "import sys; from sim.cli import main; "
+        "code = main(['run', '--model', '.', '--data=broken.jsonl']); "
+        "print(code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "False"], done.stderr
+
+
+@pytest.mark.world
+def test_answers_fit_the_positions_of_the_embedded_models(
+    embedded_models: Any, in_tmp: Path, capsys: Any
+) -> None:
+    assert main(["run", "smoke", "--sampler.max-new-tokens", "50"]) == 2
+    assert "sampler.max_new_tokens=50; allowed: together at most 64" in capsys.readouterr().err
+    assert not (in_tmp / "runs").exists()
+
+
 class FakeLoop:
     """Stands in for the loop: remembers what it was called with, and writes a manifest."""
 
@@ -56,7 +195,7 @@ class FakeLoop:
         self.calls.append((config, out, resume))
         out.mkdir(parents=True, exist_ok=True)
         (out / "manifest.json").write_text(json.dumps({"config": config.to_dict()}))
-        (out / "summary.json").write_text("{}")
+        (out / "summary.json").write_text(json.dumps(self.summary))
         listener.start(config, 0, config.rounds)
         for round in range(1, config.rounds + 1):
             harm = {f"safety/harm{end}": 0.1 for end in ("", "_lower", "_upper")}
@@ -89,6 +228,17 @@ def test_an_exit_is_told_with_its_dates(loop: FakeLoop, capsys: Any) -> None:
     assert "attack: harmful_asker at rho 0.4" in said
     assert "LEFT THE SAFE SET: confirmed round 3 (150 labels), bracket (2, 4]" in said
     assert said.splitlines()[-1].endswith("poisonloop run smoke --rho .4 --defence refusal_loss")
+
+
+def test_a_failure_inside_the_loop_is_nobodys_input(
+    loop: FakeLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: FakeLoop, *_: Any, **__: Any) -> None:
+        raise ValueError("shapes do not match")
+
+    monkeypatch.setattr(FakeLoop, "__call__", fails)
+    with pytest.raises(ValueError, match="shapes"):
+        main(["run", "smoke"])
 
 
 def test_resume_extends_a_finished_run_and_refuses_less(loop: FakeLoop, capsys: Any) -> None:
