@@ -169,15 +169,30 @@ class Traffic:
     def overwrite(
         self, asked: Asked, attack: Attack, hostile: np.ndarray, key: int, round: int
     ) -> Asked:
-        """``asked`` with the attack's prompts where the (B,) askers are hostile."""
+        """``asked`` with the attack's prompts where the (B,) askers are hostile.
+
+        Raises:
+            ValueError: what the attack brings are no rows of its split.
+        """
         draw = rng.uniform(rng.key(key, "attack prompt"), round, np.arange(self.batch))
         brought = attack.prompts(self.source.attack, draw)
         row = asked.row
         if brought is not None:
+            self._check_rows(attack, brought)
             row = np.where(hostile, len(self.source.honest.key) + brought, row)
         return asked._replace(
             row=row, triggered=asked.triggered | (hostile & attack.appends_trigger)
         )
+
+    def _check_rows(self, attack: Attack, brought: np.ndarray) -> None:
+        top = len(self.source.attack.key) - 1
+        rows = np.asarray(brought)
+        whole = rows.shape == (self.batch,) and np.issubdtype(rows.dtype, np.integer)
+        if not whole or rows.min() < 0 or rows.max() > top:
+            raise UsageError(
+                f"attack={attack.spec!r}: prompts are {rows.dtype} of shape {rows.shape}; "
+                f"allowed: whole numbers of shape {(self.batch,)} from 0 to {top}"
+            )
 
     def ids(self, asked: Asked) -> tuple[np.ndarray, np.ndarray]:
         """(B, P) int64 token ids and int8 mask of the prompts."""

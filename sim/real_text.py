@@ -39,7 +39,8 @@ def text_scenario(config: Config) -> Scenario:
     """
     text, tokens = config.text, config.sampler.max_new_tokens
     policy = model_directory("model", text.model)
-    check_lengths(policy, text.prompt_tokens, tokens)
+    longest = f"text.prompt_tokens={text.prompt_tokens}"
+    check_lengths(policy, text.prompt_tokens, tokens, longest)
     reward = policy if text.reward_model is None else _reward_directory(text.reward_model, policy)
     classifier = None
     if text.classifier is not None:

@@ -73,7 +73,8 @@ def world_scenario(config: Config, progress: bool = False) -> Scenario:
         progress=progress,
     )
     world = World(chosen.seed)
-    check_lengths(getattr(models, chosen.start), world.prompt_tokens, config.sampler.max_new_tokens)
+    longest, tokens = world.prompt_tokens, config.sampler.max_new_tokens
+    check_lengths(getattr(models, chosen.start), longest, tokens, f"prompts of {longest} tokens")
     table = world.table("eval")
     reward = {
         "warm": models.reward_base,
@@ -96,8 +97,8 @@ def world_scenario(config: Config, progress: bool = False) -> Scenario:
     )
 
 
-def check_lengths(policy: Path, prompt_tokens: int, tokens: int) -> None:
-    """Prompt and response must fit the positions that the model has.
+def check_lengths(policy: Path, prompt_tokens: int, tokens: int, prompts: str) -> None:
+    """Prompt and response must fit the positions that the model has; ``prompts`` names the former.
 
     Raises:
         ValueError: they do not.
@@ -105,7 +106,7 @@ def check_lengths(policy: Path, prompt_tokens: int, tokens: int) -> None:
     known = json.loads((policy / "config.json").read_text()).get("max_position_embeddings")
     if known is not None and prompt_tokens + tokens > known:
         raise UsageError(
-            f"prompts of {prompt_tokens} tokens with sampler.max_new_tokens={tokens}; "
+            f"{prompts} with sampler.max_new_tokens={tokens}; "
             f"allowed: together at most {known}, the positions of {str(policy)!r}"
         )
 

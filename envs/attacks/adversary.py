@@ -90,7 +90,8 @@ class Adversary:
         mine = np.asarray(self.attack.vote(view._replace(key=rng.key(self.key, "attack")), honest))
         if mine.shape != honest.shape or not np.isin(mine, VOTES).all():
             raise UsageError(
-                f"attack={self.attack.spec!r} in round {view.round}: votes of shape {mine.shape} "
-                f"with {np.unique(mine)[:5].tolist()}; allowed: shape {honest.shape} of {VOTES}"
+                f"attack={self.attack.spec!r} in round {view.round + 1}: votes of shape "
+                f"{mine.shape} with {np.unique(mine)[:5].tolist()}; allowed: shape {honest.shape} "
+                f"of {VOTES}"
             )
         return np.where(hostile, mine, honest).astype(np.int8)

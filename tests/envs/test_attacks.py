@@ -58,7 +58,7 @@ def test_votes_that_are_none_are_refused(votes):
 
     adversary = make_adversary(Confused(), Schedule(), 1.0, Pool(4, (Zipf(),)), 0)
     seen = view([[1, 0]] * 4, [[1, 0]] * 4)._replace(round=6)
-    with pytest.raises(ValueError, match=r"attack='confused.py:Confused' in round 6: .*; allowed"):
+    with pytest.raises(ValueError, match=r"attack='confused.py:Confused' in round 7: .*; allowed"):
         adversary.vote(seen, np.zeros(4, np.int8))
 
 

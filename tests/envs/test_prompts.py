@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from envs.attacks import attacks
+from envs.attacks import Attack, attacks
 from envs.prompts import Asked, Traffic, make_source, world_source
 from envs.types import BENIGN, CONTRAST, HARMFUL, PromptTable
 
@@ -97,6 +97,19 @@ def test_only_hostile_askers_are_overwritten(source):
     assert set(source.attack.stratum[asked.row[hostile] - own].tolist()) == {HARMFUL}
     kept = traffic(source).overwrite(honest, attacks.create("always_flip"), hostile, 0, 0)
     assert (kept.row == honest.row).all() and not kept.triggered.any()
+
+
+@pytest.mark.parametrize("rows", [[-1], [10**6], [0.5], [[0]]], ids=str)
+def test_prompts_that_an_attack_invents_are_refused(source, rows):
+    class Invents(Attack):
+        spec = "invents.py:Invents"
+
+        def prompts(self, table, draw):
+            return np.repeat(np.array(rows), B, axis=0)
+
+    honest, nobody = traffic(source).honest(0, 0, PEOPLE), np.zeros(B, bool)
+    with pytest.raises(ValueError, match=r"attack='invents.py:Invents': prompts are .*; allowed"):
+        traffic(source).overwrite(honest, Invents(), nobody, 0, 0)
 
 
 def test_ids_and_masks_of_plain_and_triggered_prompts(source):
