@@ -148,6 +148,22 @@ def is_plugin(spec: str) -> bool:
     return ":" in spec.split("(", 1)[0]
 
 
+def absolute(spec: str) -> str:
+    """``spec`` with the path of a file in full, so that it is found from any folder."""
+    target, paren, arguments = spec.partition("(")
+    where, colon, name = target.rpartition(":")
+    if not where.endswith(".py"):
+        return spec
+    return f"{Path(where).resolve()}{colon}{name}{paren}{arguments}"
+
+
+def brief(spec: str) -> str:
+    """``spec`` without the folder of a file, for names and tables."""
+    target, paren, arguments = spec.partition("(")
+    where, colon, name = target.rpartition(":")
+    return f"{Path(where).name}{colon}{name}{paren}{arguments}" if colon else spec
+
+
 def parse_spec(spec: str, kind: str) -> tuple[str, dict[str, Any]]:
     """Split ``target(key=literal, ...)`` into the target and its arguments.
 

@@ -18,9 +18,12 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from agents.defence import Defence, defences
 from envs.attacks import attacks
 from envs.readers import read_rows
-from envs.registry import is_plugin
+from envs.registry import absolute, is_plugin
 from envs.usage import UsageError, in_words, matches
 from sim.config import Config, registered_learner
+
+PATHS = ("model", "data", "reward_model", "classifier")
+"""Fields of ``text`` that are paths."""
 
 
 def check(config: Config) -> None:
@@ -120,6 +123,21 @@ def _section(hint: Any, value: Any) -> Any:
         return None
     name = value.get("name") if isinstance(value, Mapping) else None
     return registered_learner(name) if name is not None else members[0]
+
+
+def located(config: Config) -> Config:
+    """``config`` with every path in full, so that the run is found and continued from anywhere."""
+    paths = {f.name: getattr(config.text, f.name) for f in dataclasses.fields(config.text)}
+    paths = {k: str(Path(v).resolve()) for k, v in paths.items() if v and k in PATHS}
+    attack, feedback = config.attack, config.feedback
+    behaviours = tuple(map(absolute, feedback.behaviours))
+    return dataclasses.replace(
+        config,
+        text=dataclasses.replace(config.text, **paths),
+        attack=dataclasses.replace(attack, name=absolute(attack.name)),
+        feedback=dataclasses.replace(feedback, behaviours=behaviours),
+        defences=tuple(map(absolute, config.defences)),
+    )
 
 
 def plugins(config: Config) -> Iterator[str]:

@@ -58,13 +58,13 @@ def _refuse_ended(path: Path, config: Config, rounds: int) -> None:
     """Whether a run that has its summary can go on to ``rounds``."""
     summary = json.loads((path / "summary.json").read_text())
     run = f"run={str(path)!r}"
-    if summary["outcome"] == "diverged":
+    if summary.get("outcome") == "diverged":
         at = summary["diverged"]["round"]
         raise UsageError(
             f"{run} diverged in round {at} and would again; allowed: a new run, with a lower "
             "learner.lr"
         )
-    if config.evaluation.stop_on_exit and summary["exit_confirmed"] is not None:
+    if config.evaluation.stop_on_exit and summary.get("exit_confirmed") is not None:
         raise UsageError(
             f"{run} ended at its confirmed exit, as evaluation.stop_on_exit asks; allowed: a new "
             "run without it"

@@ -15,6 +15,7 @@ import torch
 from agents.agent import Agent
 from agents.learners.update import Diverged
 from envs.usage import UsageError
+from sim.checks import check
 from sim.config import Config
 from sim.evaluate import Evaluation, Evaluator
 from sim.factory import (
@@ -49,6 +50,7 @@ def run(
             (or does not, or holds what was started with other models or code, with ``resume``).
     """
     listener = listener or Silent()
+    check(config)
     torch.set_num_threads(config.threads)
     scenario = make_scenario(config)
     begun = Record(Path(out)) if resume else None

@@ -7,9 +7,10 @@ import shlex
 from pathlib import Path
 
 from agents.learners import learners
+from envs.registry import brief
 from envs.usage import UsageError
 from sim import flags
-from sim.checks import check, check_out, plugins
+from sim.checks import check, check_out, located, plugins
 from sim.cli import parser_of
 from sim.closing import closing
 from sim.config import DEFAULT_ATTACK, PRESETS, Config
@@ -49,6 +50,7 @@ def run(words: list[str]) -> int:
     if only_print:
         print(to_yaml(config), end="")
         return 0
+    config = located(config)
     _announce(config, options)
     out = Path(chosen_out) if chosen_out else default_out(config)
     if out.exists():
@@ -81,8 +83,8 @@ def _announce(config: Config, options: dict[str, list[str]]) -> None:
 
 def default_out(config: Config) -> Path:
     """``runs/<learner>-<attack>-rho<rho>-seed<seed>``, with the defences where there are some."""
-    attack = re.sub(r"\W+", "-", config.attack.name).strip("-")
-    defences = [re.sub(r"\W+", "-", spec).strip("-") for spec in config.defences]
+    attack = re.sub(r"\W+", "-", brief(config.attack.name)).strip("-")
+    defences = [re.sub(r"\W+", "-", brief(spec)).strip("-") for spec in config.defences]
     rho = f"rho{config.attack.rho:g}"
     return Path("runs") / "-".join(
         [config.learner_name, attack, rho, *defences, f"seed{config.seed}"]

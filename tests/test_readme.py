@@ -61,7 +61,8 @@ def test_own_attack_and_defence_run_in_the_loop(
     base = replace(SMALL, rounds=3, attack=AttackConfig(attack_file, rho=1.0))
     run(base, tmp_path / "plain")
     run(replace(base, defences=(defence_file,)), tmp_path / "anchored")
-    rows = [json.loads(line) for line in open(tmp_path / "plain/rounds.jsonl")][1:]
+    text = (tmp_path / "plain/rounds.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()[1:]]
     assert sum(row["feedback/rho_flips"] for row in rows) > 0, "the attack flipped votes"
     last = [(tmp_path / name / "policies").glob("*3.safetensors") for name in ("plain", "anchored")]
     first, second = (next(found).read_bytes() for found in last)

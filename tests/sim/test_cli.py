@@ -6,6 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,8 @@ REFUSED = [
     ("run smoke --out rows.jsonl/run", "out='rows.jsonl/run': Not a directory; allowed: "),
     ("run --model here --data rows.jsonl", "text.model='here' is none; allowed: a local directory"),
     ("run --model no_config --data broken.jsonl", "data='broken.jsonl', row 1: broken JSON"),
-    (f"run {DATA} no_config", "text.model='no_config': config.json is damaged (JSONDecodeError"),
-    (f"run {DATA} no_weights", "text.model='no_weights': model.safetensors is damaged (Safetensor"),
+    (f"run {DATA} no_config", "no_config': config.json is damaged (JSONDecodeError"),
+    (f"run {DATA} no_weights", "no_weights': model.safetensors is damaged (Safetensor"),
     (f"{LIMIT} harm_classifier .5 {DATA} no_config", "'harm_classifier' with text.model; allowed"),
     ("run --config broken.json", "config='broken.json' is not valid YAML or JSON"),
     ("run --config binary.yaml", "config='binary.yaml' is not valid YAML or JSON"),
@@ -282,3 +283,13 @@ def test_help_of_every_command(capsys: Any) -> None:
     assert "--rho SHARE" in said and "--feedback.batch INT" in said and "--learner.kl" in said
     assert main(["sweep", "--help"]) == 0
     assert "--study NAME" in capsys.readouterr().out
+
+
+def test_a_run_keeps_full_paths_and_short_names(in_tmp: Path) -> None:
+    from sim.checks import located
+    from sim.run_command import default_out
+
+    spec = "sub/mine.py:Mine(a=1)"
+    config = located(replace(Config(), defences=(spec, "freeze")))
+    assert config.defences == (f"{in_tmp / 'sub/mine.py'}:Mine(a=1)", "freeze")
+    assert default_out(config) == Path("runs/grpo-none-rho0-mine-py-Mine-a-1-freeze-seed0")
