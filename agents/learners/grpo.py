@@ -45,6 +45,8 @@ class GRPOConfig(OptimizerConfig):
 
     lr: float = 5e-4
     """Learning rate."""
+    minibatch: int = 256
+    """Responses per optimizer step."""
     beta: float = 0.1
     """Weight of the k3 estimate of KL(pi || pi_ref)."""
     clip: float = 0.2

@@ -9,8 +9,9 @@ Per token, with reward model score R on the last one and KL coefficient c:
 A^ is A whitened over the batch's tokens. A micro-batch whose mean ratio exceeds ``ratio_limit`` is
 zeroed. The adaptive controller moves c by at most 20 % * n / horizon per batch of n: over a
 thousand samples it is a constant in practice. Values come from heads on the policy's own last
-hidden state, one per reward channel. TRL has had no PPO since 1.13; constants follow its legacy
-trainer.
+hidden state, one per reward channel. Their loss stops at the heads unless ``value_trunk`` says
+otherwise: through the trunk, as the papers' trainer has it, a hundred rounds of value gradients
+erase what a small policy knows. TRL has had no PPO since 1.13; constants follow its legacy trainer.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class PPOConfig(OptimizerConfig):
 
     lr: float = 2e-4
     """Learning rate."""
+    minibatch: int = 256
+    """Responses per optimizer step."""
     kl: float = 0.2
     """Coefficient c of the per-token KL penalty; the start value when adaptive."""
     kl_control: Literal["fixed", "adaptive"] = "fixed"
@@ -63,6 +66,10 @@ class PPOConfig(OptimizerConfig):
     """Value clip around the old value."""
     vf_coef: float = 0.1
     """Weight of the value loss."""
+    value_lr: float = 1e-3
+    """Learning rate of the value heads."""
+    value_trunk: bool = False
+    """Let the value loss train the policy's trunk too, at ``lr``."""
     ratio_limit: float = 10.0
     """Micro-batches with a larger mean ratio contribute nothing."""
 
@@ -71,6 +78,7 @@ class PPOConfig(OptimizerConfig):
         super().__post_init__()
         check_ranges(self, self.section, kl=">= 0", kl_target="> 0", kl_horizon=">= 1")
         check_ranges(self, self.section, gamma="0 to 1", gae_lambda="0 to 1", vf_coef=">= 0")
+        check_ranges(self, self.section, value_lr="0 to 1")
         check_ranges(self, self.section, clip="> 0", value_clip="> 0", ratio_limit=">= 1")
 
     def build(self, ctx: Context, stack: DefenceStack, temperature: float) -> PPO:
@@ -133,7 +141,8 @@ class PPO(Learner):
             head = nn.utils.skip_init(nn.Linear, config.hidden_size, 1)
             nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
             self.heads[channel] = head
-            self.ctx.optimizer.add_param_group({"params": list(head.parameters())})
+            group = {"params": list(head.parameters()), "lr": self.config.value_lr}
+            self.ctx.optimizer.add_param_group(group)
         return self.heads[channel]
 
     def learn(self, batch: RolloutBatch, seed: int) -> dict[str, float]:
@@ -213,9 +222,11 @@ class PPO(Learner):
 
     def _value_loss(self, batch: RolloutBatch, terms: ItemTerms, normaliser: float) -> Tensor:
         total = torch.zeros(())
+        hidden = terms.extra["hidden"]
+        hidden = hidden if self.config.value_trunk else hidden.detach()
         for channel, returns in batch.extra["returns"].items():
             old = batch.extra["values"][channel]
-            value = self.heads[channel](terms.extra["hidden"])[..., 0]
+            value = self.heads[channel](hidden)[..., 0]
             counted = batch.sequences.mask * batch.weight[:, None]
             total = total + value_loss(value, old, returns, counted, self.config.value_clip)
         return self.config.vf_coef * terms.extra["keep"] * total / normaliser

@@ -42,7 +42,7 @@ class RewardModelConfig(OptimizerConfig):
 
     section = "reward_model."
 
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Learning rate."""
     minibatch: int = 64
     """Labels per step."""

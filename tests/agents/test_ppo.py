@@ -130,6 +130,25 @@ def test_clipped_objective(tiny, ratio, advantage, expected, moves):
     assert (tiny.gradient(stack.ctx.model).norm() > 1e-3) == moves
 
 
+@pytest.mark.parametrize("trunk", [False, True])
+def test_the_value_loss_stops_at_the_heads_unless_asked(tiny, trunk):
+    stack = tiny.stack()
+    learner = PPOConfig(value_trunk=trunk).build(stack.ctx, stack, 1.0)
+    with torch.no_grad():
+        learner.heads["reward"].weight.fill_(0.1)
+    batch = step_batch(tiny, stack, learner, 1.0, 0.0)
+    batch.extra["returns"]["reward"] = torch.ones(batch.logp_old.shape)
+    learner.run(batch)
+    assert learner.heads["reward"].weight.grad.abs().sum() > 0
+    assert (tiny.gradient(stack.ctx.model).norm() > 0) == trunk
+
+
+def test_value_heads_have_a_learning_rate_of_their_own(tiny):
+    stack = tiny.stack()
+    PPOConfig(lr=1e-4, value_lr=1e-2).build(stack.ctx, stack, 1.0)
+    assert [group["lr"] for group in stack.ctx.optimizer.param_groups] == [1e-4, 1e-2]
+
+
 def test_dropped_rollouts_train_neither_policy_nor_value_head(tiny):
     stack = tiny.stack()
     learner = PPOConfig().build(stack.ctx, stack, 1.0)
