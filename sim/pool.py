@@ -2,8 +2,8 @@
 
 Processes are spawned, not forked: a forked torch may hang. Each has a pipe of its own, so a process
 that dies (killed, out of memory) takes down the one run that it was at: that run is recorded as
-failed, another process takes its place, and the rest go on. A worker whose parent is gone finds
-its pipe closed and ends.
+failed, another process takes its place, and the rest go on. A worker whose parent is gone ends at
+once, in the middle of a round if need be, so that the next sweep finds nobody in its directories.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import traceback
 from collections import deque
 from collections.abc import Sequence
@@ -116,11 +117,20 @@ class _Relay(Listener):
 def serve(pipe: Connection) -> None:
     """What a worker process does: jobs, until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         while True:
             pipe.send(_do(pipe.recv(), _Relay(pipe)))
     except (EOFError, BrokenPipeError):
         return
+
+
+def _end_with_parent() -> None:
+    """Wait for the parent's death, then die as by kill -9, which a run directory survives."""
+    parent = multiprocessing.parent_process()
+    assert parent, "a worker is spawned by a pool"
+    parent.join()
+    os._exit(1)
 
 
 def _do(job: Job, relay: Listener) -> tuple[str, Any]:
