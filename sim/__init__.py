@@ -2,7 +2,7 @@
 
 >>> import sim
 >>> sim.run(sim.preset("smoke"), "runs/first")          # doctest: +SKIP
->>> sim.sweep({"clean": config, "poisoned": other})     # doctest: +SKIP
+>>> sim.sweep([clean, poisoned], "runs/both")           # doctest: +SKIP
 >>> sim.load("runs/first").rounds                       # doctest: +SKIP
 """
 

@@ -4,48 +4,50 @@ An arm is a configuration with its seeds (root, world, model) left open. Since e
 a pure function of (seed, round, item, annotator), runs of one seed are paired across arms: an arm
 differs from another by what was asked for and by nothing else.
 
-Runs that have finished are skipped and half-finished ones resumed, so a sweep is continued, or
-widened, by typing it again. A run that fails is recorded and tried again next time.
+A run's directory is named by its own configuration alone. Runs that have finished are skipped and
+half-finished ones resumed, so a sweep is continued, or widened, by typing it again; the table then
+covers all that the folder holds. A run that fails is recorded and tried again next time.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from envs.usage import UsageError
+from sim.analysis.arm_names import SEEDS, identity
 from sim.config import AttackConfig, Config
 from sim.pool import Job, work_off
 from sim.resume import is_finished, saved_config
 from sim.sweep_progress import SweepListener
 
-SEEDS = {"seed", "world.seed", "world.model_seed"}
-"""Fields that make replicates of an arm, not another arm."""
-_NAMED = {"learner.name", "attack.name", "attack.rho", "defences"}
+LONGEST = 80
+"""Characters of a directory's name before its hash, since specs may be of any length."""
 
 
 @dataclass(frozen=True)
 class Cell:
     """One run of a sweep."""
 
-    arm: str
     config: Config
     path: Path
 
 
 def sweep(
-    configs: Sequence[Config] | Mapping[str, Sequence[Config]],
+    configs: Sequence[Config],
     out: Path | str = "runs/sweep",
     jobs: int | None = None,
     listener: SweepListener | None = None,
 ) -> dict[str, Any]:
-    """Run every config and tabulate the arms.
+    """Run every config and tabulate the arms, which are named by what differs between them.
 
     Args:
-        configs: runs, or runs by the name of their arm; unnamed arms are named by what differs.
-        out: folder of the run directories; may hold earlier runs of the same sweep.
+        configs: runs; equal ones are one run.
+        out: folder of the run directories; earlier runs in it are tabulated too.
         jobs: processes at once; one per core when absent.
         listener: hears of every round of every run.
 
@@ -62,7 +64,7 @@ def sweep(
     from sim.sweep_table import tabulate, write_table
 
     if jobs is not None and jobs < 1:
-        raise ValueError(f"jobs={jobs}; allowed: >= 1")
+        raise UsageError(f"jobs={jobs}; allowed: >= 1")
     out = Path(out)
     cells = plan(configs, out)
     for cell in cells:
@@ -78,33 +80,45 @@ def sweep(
             todo.sort(key=lambda cell: cell.config.seed)  # cut short, every arm has its first seeds
             listener.begin({c.path: c.config.rounds for c in todo}, len(cells) - len(todo))
             failures = work_off([Job(c.path, c.config.to_dict()) for c in todo], jobs, listener)
-            table = tabulate(cells, failures)
+            table = tabulate(out, cells, failures)
             write_table(table, out)
     except Timeout:
-        raise ValueError(f"out={str(out)!r} is in use by another sweep; allowed: wait") from None
+        raise UsageError(f"out={str(out)!r} is in use by another sweep; allowed: wait") from None
     return table
 
 
-def plan(configs: Sequence[Config] | Mapping[str, Sequence[Config]], out: Path) -> list[Cell]:
-    """Name every run and give it a directory; equal configs are one run.
+def plan(configs: Sequence[Config], out: Path) -> list[Cell]:
+    """Give every run its directory; equal configs are one run.
 
     Raises:
-        ValueError: nothing to run, or one name for two runs.
+        ValueError: nothing to run, or one run at two lengths.
     """
-    if isinstance(configs, Mapping):
-        named = [(arm, canonical(c)) for arm, members in configs.items() for c in members]
-    else:
-        plain = [canonical(config) for config in configs]
-        named = list(zip(arm_names(plain), plain, strict=True))
     cells: dict[Path, Cell] = {}
-    for arm, config in named:
-        path = out / f"{slug(arm)}-{_replicate(config)}"
-        if path in cells and cells[path].config != config:
-            raise ValueError(f"arm={arm!r} names two different runs; allowed: one name each")
-        cells[path] = Cell(arm, config, path)
+    for config in map(canonical, configs):
+        cell = Cell(config, out / directory(config))
+        known = cells.setdefault(cell.path, cell).config
+        if known.rounds != config.rounds:
+            raise UsageError(
+                f"rounds={known.rounds} and {config.rounds} of one run; allowed: one length, "
+                "which a later sweep may extend"
+            )
     if not cells:
-        raise ValueError("configs=[]; allowed: at least one run")
+        raise UsageError("configs=[]; allowed: at least one run")
     return list(cells.values())
+
+
+def directory(config: Config) -> str:
+    """Name of a run's directory, from nothing but its own config; rounds may be extended in it."""
+    specs = (config.attack.name, *config.defences)
+    name, *defences = (re.sub(r"^[^(]*/", "", spec) for spec in specs)  # of a path only its end
+    attack = f"{name}-rho{config.attack.rho:g}" if config.attack.rho else "clean"
+    words = "-".join([config.learner_name, attack, *defences])
+    readable = re.sub(r"[^\w.=-]+", "-", words)[:LONGEST].strip("-")
+    rest = identity(config.to_dict(), without={*SEEDS, "rounds"})
+    world = config.world
+    model = f"-model{world.model_seed}" if world.model_seed else ""
+    digest = hashlib.blake2b(rest.encode(), digest_size=4).hexdigest()
+    return f"{readable}-{digest}-world{world.seed}{model}-seed{config.seed}"
 
 
 def canonical(config: Config) -> Config:
@@ -112,57 +126,15 @@ def canonical(config: Config) -> Config:
     return config if config.attack.rho else replace(config, attack=AttackConfig())
 
 
-def arm_names(configs: Sequence[Config]) -> list[str]:
-    """Learner, attack, defences, and whatever else differs between runs of one learner."""
-    fields = [dict(_leaves(config.to_dict())) for config in configs]
-    values: dict[tuple[str, str], set[str]] = {}
-    for config, known in zip(configs, fields, strict=True):
-        for key, value in known.items():
-            if not key.startswith("attack.") or config.attack.rho:
-                values.setdefault((config.learner_name, key), set()).add(repr(value))
-    names = []
-    for config, known in zip(configs, fields, strict=True):
-        attack = config.attack
-        acts = f"{attack.name} rho={attack.rho:g}" if attack.rho else "clean"
-        more = [
-            f"{key}={value}"
-            for key, value in known.items()
-            if len(values.get((config.learner_name, key), ())) > 1 and key not in SEEDS | _NAMED
-        ]
-        names.append(
-            " ".join([" + ".join([f"{config.learner_name} {acts}", *config.defences]), *more])
-        )
-    return names
-
-
-def slug(arm: str) -> str:
-    """An arm's name as part of a directory's."""
-    return re.sub(r"[^\w.=-]+", "-", arm.replace(" + ", "-")).strip("-")
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _replicate(config: Config) -> str:
-    world = config.world
-    model = f"-model{world.model_seed}" if world.model_seed else ""
-    return f"world{world.seed}{model}-seed{config.seed}"
-
-
 def _refuse_another_run(cell: Cell) -> None:
     saved = saved_config(cell.path)
     if saved is None:
         return
     if replace(saved, rounds=cell.config.rounds) != cell.config:
-        raise ValueError(
+        raise UsageError(
             f"out: {str(cell.path)!r} holds a run of another config; allowed: another --out"
         )
     if saved.rounds > cell.config.rounds:
-        raise ValueError(
+        raise UsageError(
             f"rounds={cell.config.rounds}; allowed: >= {saved.rounds}, as {str(cell.path)!r} has"
         )

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import itertools
 import os
+import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from envs.usage import UsageError
 from sim import flags
+from sim.analysis.arm_names import arm_names
+from sim.checks import check_out
 from sim.config import PRESETS, Config
 from sim.studies import STUDIES
 from sim.sweep import plan, sweep
@@ -23,7 +28,8 @@ usage: poisonloop sweep [PRESET] [flags of `poisonloop run`, each with one value
   poisonloop sweep --study demo --out runs/demo
 
 Every combination is a run; runs of one seed share prompts and honest votes across arms. Type the
-command again to continue a stopped sweep, or with more values to widen it.
+command again to continue a stopped sweep, or with more values to widen it: runs that DIR holds are
+not run again, and table and report cover all of them.
 
   --seeds N        seeds 0 to N-1, from --seed where that is given (or list them: --seed 0 3 7)
   --jobs N         runs at a time (default: one per core, {cores} here)
@@ -47,15 +53,22 @@ def command(words: list[str]) -> int:
     asked = flags.whole(options, "--jobs")
     jobs = (os.cpu_count() or 1) if asked is None else asked
     if jobs < 1:
-        raise ValueError(f"jobs={jobs}; allowed: >= 1")
+        raise UsageError(f"jobs={jobs}; allowed: >= 1")
+    check_out(out)
     claimed = options.get("--study") == ["learners"]
     configs = study(preset, options) if "--study" in options else grid(preset, options)
     cells = plan(configs, out)
-    arms, rounds = {cell.arm for cell in cells}, {cell.config.rounds for cell in cells}
+    arms = set(arm_names([cell.config.to_dict() for cell in cells]))
+    rounds = {cell.config.rounds for cell in cells}
     lengths = " or ".join(map(str, sorted(rounds)))
     print(f"{len(cells)} runs in {len(arms)} arms, {lengths} rounds each, {jobs} at a time: {out}/")
-    with sweep_progress() as listener:
-        table = sweep(configs, out, jobs, listener)
+    try:
+        with sweep_progress() as listener:
+            table = sweep(configs, out, jobs, listener)
+    except KeyboardInterrupt:
+        again = shlex.join(["poisonloop", "sweep", *words])
+        print(f"stopped; continue with: {again}", file=sys.stderr)
+        return 130
     print_table(table)
     if claimed:
         _print_claims(table, out)
@@ -98,7 +111,7 @@ def chosen_seeds(options: flags.Options) -> list[int]:
     if count is None:
         return list(dict.fromkeys(listed))
     if len(listed) != 1 or count < 1:
-        raise ValueError(f"--seeds {count} with --seed {listed}; allowed: >= 1 from one first seed")
+        raise UsageError(f"--seeds {count} with --seed {listed}; allowed: >= 1 from one first seed")
     return list(range(listed[0], listed[0] + count))
 
 
@@ -121,8 +134,8 @@ def grid(preset: str | None, options: flags.Options) -> list[Config]:
     return [replace(config, seed=seed) for config in arms for seed in seeds]
 
 
-def study(preset: str | None, options: flags.Options) -> dict[str, list[Config]]:
-    """The arms of a named study, which sets everything itself.
+def study(preset: str | None, options: flags.Options) -> list[Config]:
+    """The runs of a named study, which sets everything itself.
 
     Raises:
         ValueError: unknown study, or further flags.
@@ -130,8 +143,8 @@ def study(preset: str | None, options: flags.Options) -> dict[str, list[Config]]
     options = dict(options)
     name = flags.take(options, "--study")
     if name not in STUDIES:
-        raise ValueError(f"study={name!r}; allowed: {', '.join(STUDIES)}")
+        raise UsageError(f"study={name!r}; allowed: {', '.join(STUDIES)}")
     further = [*options, *([preset] if preset else [])]
     if further:
-        raise ValueError(f"{further[0]} with --study; allowed: --out and --jobs")
-    return STUDIES[name]()
+        raise UsageError(f"{further[0]} with --study; allowed: --out and --jobs")
+    return [config for members in STUDIES[name]().values() for config in members]

@@ -34,8 +34,12 @@ class SweepListener:
 
 def ending(summary: dict[str, Any]) -> str:
     """A run's end in a few words."""
-    harm, gain = number(summary["harm_end"]), f"{summary['help_gain']:+.2f}"
-    return f"{summary['outcome']}, harm {harm}, help {gain}"
+    if summary["outcome"] == "diverged":  # its policy has no end to be measured
+        return f"diverged in round {summary['diverged']['round']}"
+    return (
+        f"{summary['outcome']}, harm {number(summary['harm_end'])}, "
+        f"help {summary['help_gain']:+.2f}"
+    )
 
 
 class PlainSweep(SweepListener):

@@ -1,12 +1,14 @@
 """What runs of one experiment are called: by their attack, their defences, and what else differs.
 
-Runs that differ in seeds only are replicates of one arm. Names are made from the recorded
+Runs that differ in seeds only are replicates of one arm, and runs that differ in nothing that acts
+are one run, wherever they lie. Names are made from the recorded
 configurations as they stand; nothing that a configuration names is looked up or imported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 SEEDS = ("seed", "world.seed", "world.model_seed")
@@ -24,12 +26,16 @@ def arm_names(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     learners = [known.get("learner.name") for known in fields]
     values: dict[tuple[Any, str], set[str]] = {}
     for learner, known in zip(learners, fields, strict=True):
-        for key, value in _acting(known):
+        for key, value in acting(known):
             values.setdefault((learner, key), set()).add(repr(value))
     several = len(set(learners)) > 1
     names = []
     for learner, known in zip(learners, fields, strict=True):
-        more = [f"{key}={value}" for key, value in _acting(known) if len(values[learner, key]) > 1]
+        more = [
+            f"{key}={value}"
+            for key, value in acting(known)
+            if key not in _NAMED and len(values[learner, key]) > 1
+        ]
         name = " ".join([base_name(known), *more])
         names.append(f"{learner}: {name}" if several else name)
     return names
@@ -52,6 +58,21 @@ def replicate(known: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
+def identity(config: Mapping[str, Any], without: Collection[str] = ()) -> str:
+    """``config`` as text that is equal for equal runs: attacks that never act are left out.
+
+    Args:
+        config: nested configuration, as recorded.
+        without: dotted fields to leave out too.
+    """
+    known = {
+        key: int(value) if isinstance(value, float) and value.is_integer() else value
+        for key, value in acting(dict(leaves(config)))
+        if key not in without
+    }
+    return json.dumps(known, sort_keys=True)
+
+
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The fields of a nested configuration by dotted path."""
     for key, value in tree.items():
@@ -61,7 +82,8 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def _acting(known: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def acting(known: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Flat fields without those of an attack where rho is 0, since none acts."""
     for key, value in known.items():
-        if key not in _NAMED and (not key.startswith("attack.") or known.get("attack.rho")):
+        if not key.startswith("attack.") or known.get("attack.rho"):
             yield key, value

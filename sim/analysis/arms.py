@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from envs.usage import UsageError
 from sim.analysis import style
 from sim.analysis.load import Run, by_arm
 from sim.analysis.survival import MIN_SEEDS, exit_table, kaplan_meier
@@ -37,7 +38,7 @@ def plot_arms(runs: Iterable[Run], ax: Axes | None = None) -> Axes:
     arms = by_arm(runs)
     limits = sorted({run.limit for members in arms.values() for run in members})
     if len(limits) > 1:
-        raise ValueError(f"cost_limit: runs differ ({limits}); allowed: one limit in one picture")
+        raise UsageError(f"cost_limit: runs differ ({limits}); allowed: one limit in one picture")
     ends = []
     for i, (arm, members) in enumerate(arms.items()):
         colour, dash = style.line_style(i)
@@ -50,9 +51,10 @@ def plot_arms(runs: Iterable[Run], ax: Axes | None = None) -> Axes:
         for name in range(traces.shape[1]):
             seed = traces.iloc[:, name].dropna()
             ax.plot(seed.index, seed, color=colour, lw=0.9, alpha=0.45)
-        mean = traces.mean(axis=1)
+        mean = traces.dropna().mean(axis=1)  # no further: seeds that end would move the mean
         ax.plot(mean.index, mean, dash, color=colour, lw=2.4)
-        ends.append((float(mean.index[-1]), float(mean.iloc[-1]), arm, colour))
+        last = traces.iloc[-1].mean()
+        ends.append((float(traces.index[-1]), float(last), arm, colour))
     style.unsafe_region(ax, limits[0])
     ax.set(ylim=(-0.02, 1.02), xlabel="round", ylabel="harm on harmful prompts")
     ax.margins(x=0.01)
@@ -60,7 +62,7 @@ def plot_arms(runs: Iterable[Run], ax: Axes | None = None) -> Axes:
     style.label_ends(ax, ends)
     ax.set_title("Does the policy stay in the safe set?")
     seeds = {arm: len(members) for arm, members in arms.items()}
-    style.caption(ax, f"Thick: mean over seeds; thin: single seeds ({_counts(seeds)}).")
+    style.caption(ax, f"Thick: mean while all seeds go on; thin: single seeds ({_counts(seeds)}).")
     return ax
 
 
@@ -69,25 +71,23 @@ def plot_survival(runs: Iterable[Run], ax: Axes | None = None, clock: str = "rou
     """Kaplan-Meier curves of the confirmed exit by arm, censoring marked, numbers at risk below."""
     ax = style.axes(ax, 8.2, 4.2)
     table = exit_table(runs, clock)
-    horizon = table["time"].max()
+    horizon = max(1.0, table["time"].max())
     arms = list(dict.fromkeys(table["arm"]))
     ends = []
     for i, arm in enumerate(arms):
         colour, dash = style.line_style(i)
         part = table[table["arm"] == arm]
         curve = kaplan_meier(part["time"].to_numpy(), part["event"].to_numpy())
-        x = np.append(curve["time"], horizon)
-        y = np.append(curve["survival"], curve["survival"].iloc[-1])
-        shift = -DODGE * i
-        ax.step(x, y + shift, dash, where="post", color=colour, lw=2.2)
+        x, y = curve["time"].to_numpy(), curve["survival"].to_numpy() - DODGE * i
+        ax.step(x, y, dash, where="post", color=colour, lw=2.2)
         if len(part) >= MIN_SEEDS and part["event"].any():
             ax.fill_between(
                 curve["time"], curve["lower"], curve["upper"], step="post",
                 color=colour, alpha=0.13, lw=0,
             )  # fmt: skip
         marks = curve[curve["censored"] > 0]
-        ax.plot(marks["time"], marks["survival"] + shift, "|", color=colour, ms=11, mew=2)
-        ends.append((horizon, float(y[-1]) + shift, arm, colour))
+        ax.plot(marks["time"], marks["survival"] - DODGE * i, "|", color=colour, ms=11, mew=2)
+        ends.append((horizon, float(y[-1]), arm, colour))
     ax.set(ylim=(-0.03, 1.06), xlim=(0, horizon * 1.01), ylabel="share of seeds still inside")
     style.label_ends(ax, ends)
     style.whole_rounds(ax)
@@ -101,8 +101,8 @@ def plot_survival(runs: Iterable[Run], ax: Axes | None = None, clock: str = "rou
     broken = f" {odd} run(s) collapsed or diverged." if odd else ""
     style.caption(
         ax,
-        f"Kaplan-Meier, arms shifted by {DODGE:g} to be seen apart; tick: run ended inside "
-        f"(censored). {_counts(seeds)}; {band}.{broken}",
+        f"Kaplan-Meier, arms shifted by {DODGE:g} to be seen apart; a curve ends with its "
+        f"last run; tick: run ended inside (censored). {_counts(seeds)}; {band}.{broken}",
         below=58 + 14 * len(arms),
     )
     return ax

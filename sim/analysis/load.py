@@ -7,6 +7,7 @@ written (it is dropped) and its ``summary.json`` may be missing (then ``summary`
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sim.analysis.arm_names import arm_names, base_name, leaves, replicate
+from envs.usage import UsageError
+from sim.analysis.arm_names import arm_names, base_name, identity, leaves, replicate
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Run:
     def rho(self) -> float:
         """Share of adversaries that was asked for."""
         return float(self.config.get("attack", {}).get("rho", 0.0))
+
+    @property
+    def asked(self) -> int:
+        """Rounds that were asked for; a run that diverged has fewer."""
+        return int(self.config.get("rounds", self.rounds["round"].max()))
 
     @property
     def replicate(self) -> str:
@@ -104,7 +111,7 @@ def load_run(path: Path | str) -> Run:
     path = Path(path)
     for needed in ("manifest.json", "rounds.jsonl"):
         if not (path / needed).is_file():
-            raise ValueError(f"run={str(path)!r} has no {needed}; allowed: a run directory")
+            raise UsageError(f"run={str(path)!r} has no {needed}; allowed: a run directory")
     summary = path / "summary.json"
     return Run(
         path=path,
@@ -117,6 +124,9 @@ def load_run(path: Path | str) -> Run:
 def load_runs(paths: Iterable[Path | str]) -> list[Run]:
     """Read several; a directory that holds run directories stands for all of them, sorted by name.
 
+    What is left out is said on stderr: a run that was read already under another path (the one
+    that got further is kept), and in a folder one that has no round yet.
+
     Raises:
         ValueError: no run among the paths, or one that cannot be read.
     """
@@ -125,10 +135,42 @@ def load_runs(paths: Iterable[Path | str]) -> list[Run]:
         if (path / "manifest.json").is_file() or not path.is_dir():
             runs.append(load_run(path))
         else:
-            runs += [load_run(found.parent) for found in sorted(path.glob("*/manifest.json"))]
+            runs += _load_folder(path)
     if not runs:
-        raise ValueError(f"runs={[str(p) for p in paths]}: no run found; allowed: run directories")
-    return runs
+        raise UsageError(f"runs={[str(p) for p in paths]}: no run found; allowed: run directories")
+    return _distinct(runs)
+
+
+def _load_folder(folder: Path) -> list[Run]:
+    found = [manifest.parent for manifest in sorted(folder.glob("*/manifest.json"))]
+    begun = [path for path in found if _has_a_round(path / "rounds.jsonl")]
+    _say_left_out([path for path in found if path not in begun], "no round yet")
+    return [load_run(path) for path in begun]
+
+
+def _has_a_round(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    with open(file) as lines:
+        return lines.readline().endswith("\n")
+
+
+def _distinct(runs: list[Run]) -> list[Run]:
+    """One run of each configuration, so that none counts twice."""
+    kept: dict[str, Run] = {}
+    for run in runs:
+        known = kept.setdefault(identity(run.config), run)
+        if (bool(run.summary), len(run.rounds)) > (bool(known.summary), len(known.rounds)):
+            kept[identity(run.config)] = run
+    paths = {id(run) for run in kept.values()}
+    _say_left_out([run.path for run in runs if id(run) not in paths], "the same run as another")
+    return list(kept.values())
+
+
+def _say_left_out(paths: list[Path], reason: str) -> None:
+    if paths:
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        print(f"left out: {paths[0]}{more} ({reason})", file=sys.stderr)
 
 
 def by_arm(runs: Iterable[Run]) -> dict[str, list[Run]]:
@@ -144,7 +186,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{str(path)!r} is not JSON ({error}); restore or delete it") from None
+        raise UsageError(f"{str(path)!r} is not JSON ({error}); restore or delete it") from None
 
 
 def _rounds(path: Path) -> pd.DataFrame:
@@ -155,7 +197,7 @@ def _rounds(path: Path) -> pd.DataFrame:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             if number < len(lines):
-                raise ValueError(f"{str(path)!r} line {number} is damaged ({error})") from None
+                raise UsageError(f"{str(path)!r} line {number} is damaged ({error})") from None
     if not rows:
-        raise ValueError(f"{str(path)!r} holds no complete round yet")
+        raise UsageError(f"{str(path)!r} holds no complete round yet")
     return pd.DataFrame(rows).sort_values("round", ignore_index=True)

@@ -153,7 +153,7 @@ def plot_rho(run: Run, ax: Axes | None = None, window: int = 5) -> Axes:
         ends.append((x[-1], smooth[last], f"{100 * smooth[last]:.0f}% {words}", colour))
     top = max([0.05, *(1.15 * y for _, y, *_ in ends)])
     highest = max((run.column(name).max() for name in RHO), default=0.0)
-    ax.set(ylim=(-0.01, max(top, min(1.02, np.nan_to_num(highest) * 1.05))))
+    ax.set(ylim=(0, max(top, min(1.02, np.nan_to_num(highest) * 1.05))))
     ax.set(xlabel=_round_label(run), ylabel="share controlled or corrupted")
     ax.yaxis.set_major_formatter(lambda v, _: f"{100 * v:.0f}%")
     style.whole_rounds(ax)

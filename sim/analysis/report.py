@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from envs.usage import UsageError
 from sim.analysis import pages, style
 from sim.analysis.arms import plot_arms, plot_survival
 from sim.analysis.load import Run, by_arm, load_runs
@@ -48,7 +49,7 @@ def write_report(run_dirs: Iterable[Path | str], out: Path | str | None = None) 
     """
     runs = load_runs(run_dirs)
     if out is None and len(runs) > 1:
-        raise ValueError(f"out=None with {len(runs)} runs; allowed: a directory for their report")
+        raise UsageError(f"out=None with {len(runs)} runs; allowed: a directory for their report")
     out = runs[0].path if out is None else Path(out)
     sections, written = _one(runs[0], out) if len(runs) == 1 else _several(runs, out)
     title = runs[0].title if len(runs) == 1 else f"{len(runs)} runs, {len(by_arm(runs))} arms"
@@ -84,7 +85,14 @@ def _several(runs: list[Run], out: Path) -> tuple[list[str], list[Path]]:
         sections = ["<p>Means over the seeds of each arm.</p>"]
     if ended:
         figures.append(style.save(plot_survival(ended), out / "figures" / "survival.png"))
-        sections.append(pages.table(arm_table(ended)))
+        arms = arm_table(ended)
+        sections.append(pages.table(arms))
+        inside = next(name for name in arms if str(name).startswith("rounds inside"))
+        if arms[inside].isna().any():
+            sections.append(
+                '<p class="quiet">No restricted mean where every run of an arm ended early, '
+                "without an exit: nobody knows how long the policy would have stayed inside.</p>"
+            )
     sections += [pages.image(path, path.stem) for path in figures]
     sections += ["<h2>Every run</h2>", pages.table(run_table(runs))]
     sections.append("<h2>One run of each arm</h2>")

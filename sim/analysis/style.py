@@ -127,6 +127,7 @@ def label_ends(ax: Axes, ends: list[tuple[float, float, str, str]], gap: float =
                 heights[k] -= overlap / 2
                 heights[k + 1] += overlap / 2
         shift = max(0.0, 0.03 - min(heights, default=1.0))
+        shift -= max(0.0, max(heights, default=0.0) + shift - 1.0)  # as low as the top demands
         heights = [h + shift for h in heights]
     right = max((x for x, *_ in ends), default=0.0)
     for i, h in zip(order, heights, strict=True):

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from envs.usage import UsageError
 from sim.analysis.load import Run, by_arm
 
 MIN_SEEDS = 4
@@ -29,7 +30,7 @@ class Estimate(NamedTuple):
     """A restricted mean or a difference of two."""
 
     value: float
-    error: float  # standard error
+    error: float | None  # standard error
     low: float | None  # 95% interval, None below MIN_SEEDS
     high: float | None
     n: int  # runs, or pairs of runs
@@ -52,10 +53,10 @@ def exit_table(runs: Iterable[Run], clock: str = "rounds") -> pd.DataFrame:
 
 def _row(arm: str, run: Run, clock: str) -> dict[str, object]:
     if not run.summary:
-        raise ValueError(f"run={str(run.path)!r} has not ended; resume it or leave it out")
+        raise UsageError(f"run={str(run.path)!r} has not ended; resume it or leave it out")
     passed = run.column("round" if clock == "rounds" else f"clock/{clock}")
     if passed.isna().all():
-        raise ValueError(f"clock={clock!r} is not recorded in {str(run.path)!r}; allowed: rounds")
+        raise UsageError(f"clock={clock!r} is not recorded in {str(run.path)!r}; allowed: rounds")
     exited = run.summary["exit_confirmed"]
     bracket = run.summary.get("bracket")
     left = bracket[0] if bracket else run.summary.get("last_certified_safe")
@@ -93,16 +94,16 @@ def kaplan_meier(time: np.ndarray, event: np.ndarray) -> pd.DataFrame:
     )
 
 
-def rmst(time: np.ndarray, event: np.ndarray, horizon: float) -> Estimate:
+def rmst(time: np.ndarray, event: np.ndarray, horizon: float) -> Estimate | None:
     """Restricted mean survival time up to ``horizon``, with Greenwood's error.
 
-    Raises:
-        ValueError: a run was censored before the horizon, so the curve is unknown beyond it.
+    Returns:
+        None where the last run at risk was censored before the horizon: the curve is unknown there.
     """
     time, event = np.asarray(time, float), np.asarray(event, bool)
     last = time.max()
     if last < horizon and not event[time == last].all():
-        raise ValueError(f"horizon={horizon:g}; allowed: at most {last:g}, where the runs end")
+        return None
     steps = np.unique(time[event & (time < horizon)])
     at_risk = (time[None, :] >= steps[:, None]).sum(1)  # (steps,)
     exits = ((time[None, :] == steps[:, None]) & event).sum(1)
@@ -122,10 +123,13 @@ def rmst_difference(
     horizon: float,
     rng: np.random.Generator,
     draws: int = 2000,
-) -> Estimate:
+) -> Estimate | None:
     """RMST of ``arm`` minus that of ``against``, paired by replicate, bootstrapped over them.
 
     Pairing uses that runs of one replicate share people, prompts and honest votes.
+
+    Returns:
+        None where :func:`rmst` is None for an arm; no error and no interval where it is for a draw.
 
     Raises:
         ValueError: an unknown arm, or no replicate that both arms ran.
@@ -134,25 +138,30 @@ def rmst_difference(
     for name in (arm, against):
         part = table[table["arm"] == name].set_index("replicate")
         if part.empty:
-            raise ValueError(f"arm={name!r}; allowed: {sorted(set(table['arm']))}")
+            raise UsageError(f"arm={name!r}; allowed: {sorted(set(table['arm']))}")
         parts.append(part)
     shared = parts[0].index.intersection(parts[1].index)
     if shared.empty:
-        raise ValueError(f"arms {arm!r} and {against!r} share no seed; run both on the same")
+        raise UsageError(f"arms {arm!r} and {against!r} share no seed; run both on the same")
     first, second = (part.loc[shared] for part in parts)
 
-    def difference(rows: np.ndarray) -> float:
+    def difference(rows: np.ndarray) -> float | None:
         a, b = (
-            rmst(p["time"].to_numpy()[rows], p["event"].to_numpy()[rows], horizon).value
+            rmst(p["time"].to_numpy()[rows], p["event"].to_numpy()[rows], horizon)
             for p in (first, second)
         )
-        return a - b
+        return a.value - b.value if a and b else None
 
     n = len(shared)
     value = difference(np.arange(n))
-    samples = np.array([difference(rng.integers(0, n, n)) for _ in range(draws)])
+    if value is None:
+        return None
+    drawn = [difference(rng.integers(0, n, n)) for _ in range(draws)]
+    samples = [sample for sample in drawn if sample is not None]
+    if len(samples) < draws:
+        return Estimate(value, None, None, None, n)
     low, high = np.quantile(samples, [0.025, 0.975]) if n >= MIN_SEEDS else (None, None)
-    return Estimate(value, float(samples.std(ddof=1)), low, high, n)
+    return Estimate(value, float(np.std(samples, ddof=1)), low, high, n)
 
 
 def log_rank(table: pd.DataFrame, arm: str, against: str) -> float:
@@ -166,7 +175,7 @@ def log_rank(table: pd.DataFrame, arm: str, against: str) -> float:
     first, second = (table[table["arm"] == name] for name in (arm, against))
     fewest = min(len(first), len(second))
     if fewest < MIN_SEEDS:
-        raise ValueError(f"seeds per arm: {fewest}; allowed: at least {MIN_SEEDS} for a p-value")
+        raise UsageError(f"seeds per arm: {fewest}; allowed: at least {MIN_SEEDS} for a p-value")
     result = logrank_test(first["time"], second["time"], first["event"], second["event"])
     return float(result.p_value)
 

@@ -8,61 +8,90 @@ from typing import Any
 import pandas as pd
 
 from sim.analysis.load import Run, by_arm
+from sim.analysis.retained import clean_gains, holds, learning_retained
 from sim.analysis.survival import MIN_SEEDS, exit_table, rmst
+
+OUTCOMES = ("safe", "exited", "collapsed", "diverged")
+CLOCKS = ("round", "label", "optimizer_step")
 
 
 def run_table(runs: Iterable[Run]) -> pd.DataFrame:
     """One row per run: outcome, exits in rounds, occupancy, harm at the end, what was learned."""
-    rows = []
-    for arm, members in by_arm(runs).items():
-        for run in members:
-            ends = run.evaluations["safety/harm"]
-            rows.append(
-                {
-                    "arm": arm,
-                    "replicate": run.replicate,
-                    "outcome": run.summary.get("outcome", "unfinished"),
-                    "naive exit": run.exit_round("naive"),
-                    "confirmed exit": run.exit_round("confirmed"),
-                    "true exit": run.exit_round("true"),
-                    "bracket": _bracket(run),
-                    "occupancy": run.summary.get("occupancy"),
-                    "harm at end": float(ends.iloc[-1]) if len(ends) else None,
-                    "help gain": run.summary.get("help_gain"),
-                    "learning retained": run.summary.get("learning_retained"),
-                }
-            )
+    runs = list(runs)
+    gains = clean_gains(runs)
+    rows = [
+        {
+            "arm": arm,
+            "replicate": run.replicate,
+            "outcome": run.summary.get("outcome", "unfinished"),
+            "naive exit": run.exit_round("naive"),
+            "confirmed exit": run.exit_round("confirmed"),
+            "true exit": run.exit_round("true"),
+            "bracket": _bracket(run),
+            "occupancy": run.summary.get("occupancy"),
+            "harm at end": run.summary.get("harm_end"),
+            "help gain": run.summary.get("help_gain"),
+            "learning retained": learning_retained([run], gains),
+        }
+        for arm, members in by_arm(runs).items()
+        for run in members
+    ]
     return pd.DataFrame(rows).astype(
         {f"{kind} exit": "Int64" for kind in ("naive", "confirmed", "true")}
     )
 
 
+def arm_rows(runs: Iterable[Run]) -> list[dict[str, Any]]:
+    """What is known of every arm, as JSON values; a run without a summary counts as failed."""
+    runs = list(runs)
+    gains = clean_gains(runs)
+    return [_arm_row(arm, members, gains) for arm, members in by_arm(runs).items()]
+
+
+def _arm_row(arm: str, runs: list[Run], gains: dict[str, float]) -> dict[str, Any]:
+    ends = [run.summary.get("outcome", "failed") for run in runs]
+    exits = [run.summary["exit_confirmed"] for run in runs if run.summary.get("exit_confirmed")]
+    retained = learning_retained(runs, gains)
+    return {
+        "arm": arm,
+        "runs": len(runs),
+        **{name: ends.count(name) for name in (*OUTCOMES, "failed")},
+        "harm_end": _mean(run.summary.get("harm_end") for run in runs),
+        "help_gain": _mean(run.summary.get("help_gain") for run in runs),
+        "learning_retained": retained,
+        "holds": holds(runs, retained),
+        **{f"exit_{clock}s": [when.get(f"{clock}s") for when in exits] for clock in CLOCKS},
+    }
+
+
 def arm_table(runs: Iterable[Run]) -> pd.DataFrame:
     """One row per arm: seeds, outcomes, rounds inside (restricted mean and its error), help gained.
 
-    The horizon of the restricted mean is the last round that every arm reached; its error needs
-    ``MIN_SEEDS`` runs.
+    The horizon of the restricted mean is the least number of rounds that was asked for. The mean
+    is missing where every run of an arm ended earlier, unless all had left the safe set; its error
+    needs ``MIN_SEEDS`` runs.
+
+    Args:
+        runs: finished runs.
     """
     runs = list(runs)
     exits = exit_table(runs)
-    arms = by_arm(runs)
-    horizon = min(max(run.rounds["round"].max() for run in members) for members in arms.values())
+    horizon = min(run.asked for run in runs)
     rows: list[dict[str, Any]] = []
-    for arm, members in arms.items():
-        part = exits[exits["arm"] == arm]
+    for row in arm_rows(runs):
+        part = exits[exits["arm"] == row["arm"]]
         inside = rmst(part["time"].to_numpy(), part["event"].to_numpy(), horizon)
-        causes = part["cause"].value_counts()
         rows.append(
             {
-                "arm": arm,
-                "seeds": len(members),
-                **{cause: int(causes.get(cause, 0)) for cause in ("exited", "collapsed")},
-                "diverged": int(causes.get("diverged", 0)),
-                f"rounds inside, of {horizon:g}": inside.value,
-                "standard error": inside.error if len(members) >= MIN_SEEDS else None,
-                "harm at end": _mean(run.evaluations["safety/harm"].iloc[-1] for run in members),
-                "help gain": _mean(run.summary.get("help_gain") for run in members),
-                "learning retained": _mean(run.summary.get("learning_retained") for run in members),
+                "arm": row["arm"],
+                "seeds": row["runs"],
+                **{name: row[name] for name in OUTCOMES},
+                f"rounds inside, of {horizon}": inside and inside.value,
+                "standard error": inside.error if inside and inside.n >= MIN_SEEDS else None,
+                "harm at end": row["harm_end"],
+                "help gain": row["help_gain"],
+                "learning retained": row["learning_retained"],
+                "holds": {True: "yes", False: "no", None: None}[row["holds"]],
             }
         )
     return pd.DataFrame(rows)

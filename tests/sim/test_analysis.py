@@ -17,7 +17,7 @@ from matplotlib.text import Text
 
 from envs.collapse import Fluency
 from envs.monitor import CostMonitor
-from sim.analysis.arm_names import arm_names, replicate
+from sim.analysis.arm_names import arm_names, identity, replicate
 from sim.analysis.arms import plot_arms, plot_survival
 from sim.analysis.load import by_arm, load_run, load_runs
 from sim.analysis.plots import RHO, plot_cost_trace, plot_reward_vs_harm, plot_rho
@@ -68,7 +68,7 @@ def write_run(
         if r:
             write_samples(path, r, rng, hostile)
     (path / "rounds.jsonl").write_text("\n".join(lines) + "\n")
-    summary = monitor.summary() | {"exit_true": None, "help_gain": 0.2, "learning_retained": 0.9}
+    summary = monitor.summary() | {"exit_true": None, "help_gain": 0.2, "harm_end": mean}
     if summary["exit_confirmed"]:
         summary["exit_true"] = {"rounds": int(crossing) - 1, "labels": 64 * (int(crossing) - 1)}
     (path / "summary.json").write_text(json.dumps(summary, allow_nan=False))
@@ -214,9 +214,9 @@ def test_rmst_error_is_that_of_the_estimator():
     assert 0.90 <= np.mean(covered) <= 0.99
 
 
-def test_rmst_refuses_what_nobody_saw():
-    with pytest.raises(ValueError, match="horizon"):
-        rmst(np.array([1, 5]), np.array([True, False]), 9.0)
+def test_rmst_does_not_say_what_nobody_saw():
+    assert rmst(np.array([1, 5]), np.array([True, False]), 9.0) is None
+    assert rmst(np.array([5, 1]), np.array([True, False]), 9.0).value == 5  # all had left
 
 
 def test_kaplan_meier_by_hand():
@@ -247,6 +247,8 @@ def test_paired_difference_uses_the_pairing():
     found = rmst_difference(table, "defended", "attacked", 95.0, rng, draws=200)
     assert (found.value, found.n) == (pytest.approx(10.0), 5)
     assert found.low == pytest.approx(10.0) and found.high == pytest.approx(10.0)
+    cut = table.assign(event=table["event"] & (table["time"] < 60))
+    assert rmst_difference(cut, "defended", "attacked", 95.0, rng) is None
     with pytest.raises(ValueError, match="other"):
         rmst_difference(table, "other", "attacked", 95.0, rng)
 
@@ -293,6 +295,7 @@ def test_rho_draws_all_five(arms):
     words = drawn_text(plot_rho(load_run(arms / "attacked-0")))
     assert "25% of people" in words
     assert all(meaning in words for meaning in RHO.values())
+    assert plot_rho(load_run(arms / "clean-0")).get_ylim()[0] == 0
 
 
 def test_survival_picture_says_n_and_draws_no_band_for_few_seeds(arms, tmp_path):
@@ -321,6 +324,63 @@ def test_tables(arms):
     inside = table["rounds inside, of 20"]
     assert inside["clean"] == 20 and inside["harmful_asker ρ=0.25"] == np.mean(confirmed)
     assert table["standard error"].isna().all()
+    assert (table["learning retained"] == 1).all()  # of the clean runs' gain, which all have
+    assert table["holds"].tolist() == ["yes", "no", "yes"]
+
+
+def diverge(path: Path, at: int) -> Path:
+    """Make the run in ``path`` one that diverged in round ``at`` + 1."""
+    lines = (path / "rounds.jsonl").read_text().splitlines()[: at + 1]
+    (path / "rounds.jsonl").write_text("\n".join(lines) + "\n")
+    unknown = dict.fromkeys(("help_gain", "help_end", "harm_end", "occupancy"))
+    ends = {"outcome": "diverged", "exit_confirmed": None, "exit_true": None, "bracket": None}
+    summary = json.loads((path / "summary.json").read_text())
+    (path / "summary.json").write_text(json.dumps(summary | ends | unknown))
+    return path
+
+
+def test_a_diverged_run_does_not_shorten_the_others(arms, tmp_path):
+    shutil.copytree(arms, tmp_path / "runs")
+    diverge(tmp_path / "runs" / "defended-1", 1)
+    runs = load_runs([tmp_path / "runs"])
+    table = arm_table(runs).set_index("arm")
+    inside = table["rounds inside, of 20"]
+    assert inside["clean"] == 20 and inside["harmful_asker ρ=0.25 + refusal_loss"] == 20
+    assert table["holds"].tolist() == ["yes", "no", "no"]
+    means = [line for line in plot_arms(runs).lines if line.get_linewidth() > 2]
+    assert means[-1].get_xdata().tolist() == [0, 1]  # while both runs of the arm go on
+    diverge(tmp_path / "runs" / "defended-0", 2)
+    runs = load_runs([tmp_path / "runs"])
+    assert arm_table(runs)["rounds inside, of 20"].isna().tolist() == [False, False, True]
+    lines = plot_survival(runs).lines
+    curves = [line.get_xdata() for line in lines if line.get_drawstyle() == "steps-post"]
+    assert [max(curve) for curve in curves][::2] == [20, 2]
+    written = write_report([tmp_path / "runs"], tmp_path / "report")
+    assert "No restricted mean where every run" in written[0].read_text()
+
+
+def test_the_same_run_is_read_once(arms, tmp_path, capsys):
+    shutil.copytree(arms, tmp_path / "again")
+    (tmp_path / "again" / "clean-0" / "summary.json").unlink()
+    runs = load_runs([tmp_path / "again", arms])
+    assert len(runs) == 6 and all(run.summary for run in runs)
+    said = capsys.readouterr().err
+    assert said.startswith("left out: ") and "and 5 more (the same run as another)" in said
+    assert said.count("\n") == 1
+    quiet = {"attack": {"name": "always_flip", "rho": 0.0, "start": 3}}
+    assert identity(config(rho=0)) == identity(config(rho=0.0) | quiet)  # it never acts
+    assert identity(config()) != identity(config(seed=1))
+    assert identity(config(), {"seed"}) == identity(config(seed=1), {"seed"})
+
+
+def test_a_run_that_only_begins_is_left_out_of_its_folder(tmp_path, capsys):
+    write_run(tmp_path / "a", rounds=3)
+    begun = write_run(tmp_path / "b", rounds=3, seed=1)
+    (begun / "rounds.jsonl").write_text('{"round": 0, "safe')
+    assert [run.path.name for run in load_runs([tmp_path])] == ["a"]
+    assert f"left out: {begun} (no round yet)" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no complete round"):
+        load_runs([begun])
 
 
 def test_report_of_one_run_lies_beside_it(tmp_path):

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sim import flags
+from sim import flags, sweep_command
+from sim.analysis.arm_names import arm_names
 from sim.cli import main
 from sim.config import AttackConfig, Config, preset
 from sim.pool import Job, work_off
 from sim.resume import extend, is_finished
-from sim.sweep import plan
+from sim.sweep import LONGEST, Cell, directory, plan
 from sim.sweep_command import grid, study
-from sim.sweep_progress import SweepListener
-from sim.sweep_table import tabulate, write_table
+from sim.sweep_progress import SweepListener, ending
+from sim.sweep_table import print_table, tabulate, write_table
 
 
 def configs(words: str) -> list[Config]:
@@ -32,9 +39,14 @@ def test_every_combination_is_a_run(tmp_path: Path) -> None:
     cells = plan(chosen, tmp_path)
     assert len({cell.path for cell in cells}) == 24
     assert [cell.config.seed for cell in cells[:2]] == [0, 1]
-    names = list(dict.fromkeys(cell.arm for cell in cells))
-    assert "grpo clean" in names and "dpo harmful_asker rho=0.2 + freeze" in names
-    assert len(names) == 12
+    names = arms_of(cells)
+    assert names[0] == "grpo: clean" and "dpo: harmful_asker ρ=0.2 + freeze" in names
+    assert len(set(names)) == 12
+
+
+def arms_of(cells: list[Cell]) -> list[str]:
+    """The arm of every cell."""
+    return arm_names([cell.config.to_dict() for cell in cells])
 
 
 def test_a_flag_with_several_values_of_its_own_is_not_an_axis() -> None:
@@ -50,9 +62,9 @@ def test_any_flag_can_be_an_axis_and_stacks_are_one_value() -> None:
     ]  # fmt: skip
     assert {c.defences for c in chosen} == {("small_lr", "refusal_loss")}
     cells = plan(chosen, Path("out"))
-    assert [cell.arm for cell in cells[::2]] == [
-        "grpo clean + small_lr + refusal_loss learner.lr=0.0001",
-        "grpo clean + small_lr + refusal_loss learner.lr=0.001",
+    assert arms_of(cells)[::2] == [
+        "clean + small_lr + refusal_loss learner.lr=0.0001",
+        "clean + small_lr + refusal_loss learner.lr=0.001",
     ]  # worlds are replicates of an arm, not other arms
 
 
@@ -66,21 +78,45 @@ def test_seeds(words: str, seeds: list[int]) -> None:
 
 def test_attacks_that_never_act_are_one_run() -> None:
     cells = plan(configs("--rho 0 .1 --attack always_flip harm_targeted"), Path("out"))
-    assert [cell.arm for cell in cells] == [
-        "grpo clean", "grpo always_flip rho=0.1", "grpo harm_targeted rho=0.1",
-    ]  # fmt: skip
+    assert arms_of(cells) == ["clean", "always_flip ρ=0.1", "harm_targeted ρ=0.1"]
 
 
-def test_widening_a_sweep_keeps_the_directories_it_has() -> None:
-    narrow = {cell.path for cell in plan(configs("--rho .1"), Path("out"))}
-    wide = {c.path for c in plan(configs("--rho 0 .1 --learner dpo grpo --seeds 3"), Path("out"))}
-    assert narrow < wide
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--rho 0 .1 --learner dpo grpo --seeds 3",
+        "--rho .1 --learner.lr 1e-4 5e-4",  # the second is the default
+        "--rho .1 --feedback.batch 32 64 --defence none freeze",
+    ],
+)
+def test_widening_a_sweep_keeps_the_directories_it_has(more: str) -> None:
+    (narrow,) = plan(configs("--rho .1"), Path("out"))
+    wide = {cell.path: cell.config for cell in plan(configs(more), Path("out"))}
+    assert wide[narrow.path] == narrow.config and len(wide) > 1
+
+
+def test_a_directory_is_named_by_its_own_config_alone() -> None:
+    config = preset("smoke")
+    names = {directory(config), directory(replace(config, rounds=99))}  # extended in its place
+    assert len(names) == 1 and names.pop().startswith("grpo-clean-")
+    assert directory(replace(config, samples_per_round=9)) != directory(config)
+    spec = "some/where/my.py:Mine(" + ", ".join(f"setting_{i}={i}" for i in range(40)) + ")"
+    long = directory(replace(config, seed=3, defences=(spec,)))
+    assert len(long) < LONGEST + 40 and "/" not in long and long.endswith("-world0-seed3")
+    spec = "/some-where/else/my.py:Mine(path='a/b')"
+    outside = directory(replace(config, attack=AttackConfig(spec, rho=0.2), defences=("freeze",)))
+    assert outside.startswith("grpo-my.py-Mine-path=-a-b--rho0.2-freeze-")
+    with pytest.raises(ValueError, match="rounds=5 and 9 of one run"):
+        plan([config, replace(config, rounds=9)], Path("out"))
 
 
 def test_the_demo_study_has_the_four_arms() -> None:
     cells = plan(study(*flags.read(["--study", "demo"])), Path("out"))
     assert len(cells) == 8
-    assert len({cell.arm for cell in cells}) == 4
+    assert list(dict.fromkeys(arms_of(cells))) == [
+        "clean", "harmful_asker ρ=0.4", "harmful_asker ρ=0.4 + refusal_loss",
+        "harmful_asker ρ=0.4 + freeze",
+    ]  # fmt: skip
 
 
 def finish(cell: Any, **summary: Any) -> None:
@@ -89,18 +125,21 @@ def finish(cell: Any, **summary: Any) -> None:
     (cell.path / "manifest.json").write_text(json.dumps({"config": cell.config.to_dict()}))
     known = {"outcome": "safe", "harm_end": 0.0, "exit_confirmed": None, "exit_true": None}
     (cell.path / "summary.json").write_text(json.dumps({**known, **summary}))
+    (cell.path / "rounds.jsonl").write_text('{"round": 0}\n')
 
 
 def test_table_by_hand(tmp_path: Path) -> None:
     clean = preset("smoke")
     hostile = replace(clean, attack=AttackConfig("harmful_asker", rho=0.4))
-    arms = {
-        "clean": [clean, replace(clean, seed=1)],
-        "undefended": [hostile, replace(hostile, seed=1)],
-        "held": [replace(hostile, seed=s, defences=("refusal_loss",)) for s in (0, 1)],
-        "frozen": [replace(hostile, seed=s, defences=("freeze",)) for s in (0, 1)],
-    }
-    cells = plan(arms, tmp_path)
+    undefended = "harmful_asker ρ=0.4"
+    held, frozen = f"{undefended} + refusal_loss", f"{undefended} + freeze"
+    arms = [
+        clean,
+        hostile,
+        replace(hostile, defences=("refusal_loss",)),
+        replace(hostile, defences=("freeze",)),
+    ]
+    cells = plan([replace(config, seed=seed) for config in arms for seed in (0, 1)], tmp_path)
     exits = {"outcome": "exited", "exit_confirmed": {"rounds": 3, "labels": 90}}
     rows = [
         {"help_gain": 0.2}, {"help_gain": 0.4},
@@ -108,24 +147,23 @@ def test_table_by_hand(tmp_path: Path) -> None:
         {"help_gain": 0.1},  # its second seed fails
         {"help_gain": 0.0}, {"help_gain": 0.0},
     ]  # fmt: skip
-    done = [cell for cell in cells if (cell.arm, cell.config.seed) != ("held", 1)]
-    for cell, row in zip(done, rows, strict=True):
+    broken = cells[5].path
+    for cell, row in zip([c for c in cells if c.path != broken], rows, strict=True):
         finish(cell, **row)
-    broken = next(cell.path for cell in cells if cell not in done)
-    table = tabulate(cells, {broken: "ValueError: no"})
+    table = tabulate(tmp_path, cells, {broken: "ValueError: no"})
     by_arm = {row["arm"]: row for row in table["arms"]}
 
     assert by_arm["clean"]["learning_retained"] == pytest.approx(1.0)
     assert by_arm["clean"]["holds"] is True
-    assert by_arm["undefended"]["harm_end"] == pytest.approx(0.7)
-    assert (by_arm["undefended"]["safe"], by_arm["undefended"]["exited"]) == (1, 1)
-    assert by_arm["undefended"]["exit_rounds"] == [3]
-    assert by_arm["undefended"]["exit_labels"] == [90]
-    assert by_arm["undefended"]["holds"] is False  # it learned, but left the set
+    assert by_arm[undefended]["harm_end"] == pytest.approx(0.7)
+    assert (by_arm[undefended]["safe"], by_arm[undefended]["exited"]) == (1, 1)
+    assert by_arm[undefended]["exit_rounds"] == [3]
+    assert by_arm[undefended]["exit_labels"] == [90]
+    assert by_arm[undefended]["holds"] is False  # it learned, but left the set
     # paired by seed: .1 of the .2 that seed 0 gains when clean; the failed seed has no part in it
-    assert by_arm["held"]["learning_retained"] == pytest.approx(0.5)
-    assert (by_arm["held"]["failed"], by_arm["held"]["holds"]) == (1, False)
-    assert by_arm["frozen"]["learning_retained"] == 0 and by_arm["frozen"]["holds"] is False
+    assert by_arm[held]["learning_retained"] == pytest.approx(0.5)
+    assert (by_arm[held]["failed"], by_arm[held]["holds"]) == (1, False)
+    assert by_arm[frozen]["learning_retained"] == 0 and by_arm[frozen]["holds"] is False
 
     write_table(table, tmp_path)
     assert json.loads((tmp_path / "table.json").read_text()) == table
@@ -136,8 +174,75 @@ def test_table_by_hand(tmp_path: Path) -> None:
 def test_without_a_clean_arm_nothing_is_said_of_learning(tmp_path: Path) -> None:
     cells = plan(configs("smoke --rho .4"), tmp_path)
     finish(cells[0], help_gain=0.3)
-    (row,) = tabulate(cells, {})["arms"]
+    (row,) = tabulate(tmp_path, cells, {})["arms"]
     assert row["learning_retained"] is None and row["holds"] is None
+
+
+def test_the_table_covers_what_the_folder_held_before(tmp_path: Path) -> None:
+    before = plan(configs("smoke --rho 0 .4 --seeds 2"), tmp_path)
+    for cell in before:
+        finish(cell, help_gain=0.4)
+    (now,) = plan(configs("smoke --rho .4 --defence freeze"), tmp_path)
+    finish(now, help_gain=0.1)
+    table = tabulate(tmp_path, [now], {})
+    assert [(row["arm"], row["runs"]) for row in table["arms"]] == [
+        ("clean", 2), ("harmful_asker ρ=0.4", 2), ("harmful_asker ρ=0.4 + freeze", 1),
+    ]  # fmt: skip
+    assert table["arms"][2]["learning_retained"] == pytest.approx(0.25)  # its twin is of before
+
+
+@pytest.mark.parametrize(
+    ("summary", "holds"),
+    [
+        ({"help_gain": 0.2}, True),
+        ({"help_gain": 0.2, "harm_end": 0.3}, False),  # above the limit, if unconfirmed
+        ({"help_gain": None, "harm_end": None, "outcome": "diverged"}, False),
+    ],
+)
+def test_what_holds(tmp_path: Path, summary: dict[str, Any], holds: bool) -> None:
+    clean, defended = plan(configs("smoke --rho 0 .4 --defence freeze none")[1:3], tmp_path)
+    assert not clean.config.defences and defended.config.defences
+    finish(clean, help_gain=0.2)
+    finish(defended, **summary)
+    rows = tabulate(tmp_path, [], {})["arms"]
+    assert [row["holds"] for row in rows] == [True, holds]
+
+
+def test_the_end_of_a_run_that_diverged_is_said() -> None:
+    summary = {"outcome": "diverged", "harm_end": None, "help_gain": None}
+    assert ending({**summary, "diverged": {"round": 3}}) == "diverged in round 3"
+
+
+@pytest.mark.parametrize("columns", [None, 80, 100, 120])
+def test_numbers_of_the_printed_table_are_whole(
+    columns: int | None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", str(columns))
+    known = {"runs": 9, "safe": 5, "exited": 4, "collapsed": 0, "diverged": 0, "failed": 0}
+    figures = {"harm_end": 0.61, "help_gain": -0.27, "learning_retained": -0.93, "holds": False}
+    exits = {"exit_rounds": [97, 98, 96, 95]}
+    names = ("clean", "harmful_asker ρ=0.4 + refusal_loss", "dpo: label_noise ρ=0.25 " * 4)
+    print_table({"arms": [{"arm": arm, **known, **figures, **exits} for arm in names]})
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= (columns or 120)
+    assert said.count(" no ") == len(names) and "holds" in said and "…" not in said
+    for whole in ("0.61", "-0.27", "-0.93", "5\N{NO-BREAK SPACE}safe", "95", "96", "97", "98"):
+        assert len(re.findall(rf"(?<![\d.-]){whole}(?!\d)", said)) == len(names)
+
+
+def test_a_stopped_sweep_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep_command, "sweep", stopped)
+    words = ["sweep", "smoke", "--rho", "0", ".4", "--out", f"{tmp_path}/a b"]
+    assert main(words) == 130
+    said = capsys.readouterr().err
+    assert f"poisonloop sweep smoke --rho 0 .4 --out '{tmp_path}/a b'" in said
 
 
 def test_extending_makes_a_finished_run_unfinished(tmp_path: Path) -> None:
@@ -172,10 +277,16 @@ class Heard(SweepListener):
         self.failures.append(path.name)
 
 
+class Dies:
+    """Ends the process that receives it."""
+
+    def __reduce__(self) -> Any:
+        return os._exit, (7,)
+
+
 def test_failures_and_deaths_do_not_stop_a_sweep(tmp_path: Path) -> None:
-    (tmp_path / "dies.py").write_text("import os\nos._exit(7)\n")
     config = preset("smoke").to_dict()
-    killer = {**config, "learner": {"name": f"{tmp_path}/dies.py:Any"}}
+    killer = {**config, "rounds": Dies()}
     wrong = {**config, "rounds": 0}
     names = ("wrong-1", "killer", "wrong-2")
     jobs = [Job(tmp_path / n, wrong if "wrong" in n else killer) for n in names]
@@ -185,6 +296,56 @@ def test_failures_and_deaths_do_not_stop_a_sweep(tmp_path: Path) -> None:
     assert "rounds=0" in failures[tmp_path / "wrong-1"]
     assert "ended with code 7" in failures[tmp_path / "killer"]
     assert "Traceback" in (tmp_path / "wrong-2.error.txt").read_text()
+
+
+PARENT = """
+import pathlib, runpy, sys
+from sim.config import preset
+from sim.pool import Job, work_off
+from sim.sweep_progress import SweepListener
+
+here = pathlib.Path(sys.argv[1])
+
+class Waits:
+    def __reduce__(self):
+        return runpy.run_path, (str(here / "waits.py"),)
+
+if __name__ == "__main__":
+    job = Job(here / "run", {**preset("smoke").to_dict(), "rounds": Waits()})
+    work_off([job], 1, SweepListener())
+"""
+
+
+def test_a_worker_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+    """In the middle of its work: another sweep may want the directory."""
+    (tmp_path / "waits.py").write_text(
+        "import os, pathlib, time\n"
+        "pathlib.Path(__file__).with_name('pid').write_text(f'{os.getpid()} ')\n"
+        "time.sleep(60)\n"
+    )
+    (tmp_path / "parent.py").write_text(PARENT)
+    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py", tmp_path])
+    pid = tmp_path / "pid"
+    wait_until(lambda: pid.is_file() and pid.read_text().endswith(" "))
+    worker = int(pid.read_text())
+    os.kill(worker, 0)  # it is at work
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not alive(worker), seconds=5)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Give ``condition`` some time to come true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "in vain"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has reaped yet does not."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.is_file() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 @pytest.mark.world
