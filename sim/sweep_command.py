@@ -147,4 +147,4 @@ def study(preset: str | None, options: flags.Options) -> list[Config]:
     further = [*options, *([preset] if preset else [])]
     if further:
         raise UsageError(f"{further[0]} with --study; allowed: --out and --jobs")
-    return [config for members in STUDIES[name]().values() for config in members]
+    return STUDIES[name]()

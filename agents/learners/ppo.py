@@ -44,7 +44,7 @@ from envs.usage import check_ranges
 class PPOConfig(OptimizerConfig):
     """PPO: value head, GAE, clipped ratio and value, KL in the reward."""
 
-    lr: float = 2e-4
+    lr: float = 3e-4
     """Learning rate."""
     minibatch: int = 256
     """Responses per optimizer step."""
