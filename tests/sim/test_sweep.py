@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from agents.learners import learners
 from sim import flags, sweep_command
 from sim.analysis.arm_names import arm_names
 from sim.cli import main
@@ -110,13 +111,24 @@ def test_a_directory_is_named_by_its_own_config_alone() -> None:
         plan([config, replace(config, rounds=9)], Path("out"))
 
 
-def test_the_demo_study_has_the_four_arms() -> None:
+def test_the_demo_study_has_both_null_controls() -> None:
     cells = plan(study(*flags.read(["--study", "demo"])), Path("out"))
-    assert len(cells) == 8
+    assert len(cells) == 10
     assert list(dict.fromkeys(arms_of(cells))) == [
         "clean", "harmful_asker ρ=0.4", "harmful_asker ρ=0.4 + refusal_loss",
-        "harmful_asker ρ=0.4 + freeze",
+        "harmful_asker ρ=0.4 + freeze", "harmful_asker ρ=0.4 + small_lr",
     ]  # fmt: skip
+
+
+def test_the_table_of_defaults_is_made_on_worlds_that_nothing_was_tuned_on() -> None:
+    tuned = study(*flags.read(["--study", "tuning"]))
+    shown = study(*flags.read(["--study", "learners"]))
+    assert not {c.world.seed for c in tuned} & {c.world.seed for c in shown}
+    assert len({(c.world.seed, c.seed) for c in shown}) == 9
+    defaults = {c.learner for c in shown}
+    assert defaults == {learners.get(name)() for name in ("dpo", "grpo", "ppo", "sft")}
+    clean = [c for c in tuned if not c.attack.rho]
+    assert defaults <= {c.learner for c in clean if c.reward_model == Config().reward_model}
 
 
 def finish(cell: Any, **summary: Any) -> None:
