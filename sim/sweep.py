@@ -18,8 +18,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from envs.registry import brief
 from envs.usage import UsageError
 from sim.analysis.arm_names import SEEDS, identity
+from sim.checks import check, located
 from sim.config import AttackConfig, Config
 from sim.pool import Job, work_off
 from sim.resume import is_finished, saved_config
@@ -59,7 +61,6 @@ def sweep(
     """
     from filelock import FileLock, Timeout
 
-    from sim.checks import check
     from sim.scenario import make_scenario
     from sim.sweep_table import tabulate, write_table
 
@@ -110,7 +111,7 @@ def plan(configs: Sequence[Config], out: Path) -> list[Cell]:
 def directory(config: Config) -> str:
     """Name of a run's directory, from nothing but its own config; rounds may be extended in it."""
     specs = (config.attack.name, *config.defences)
-    name, *defences = (re.sub(r"^[^(]*/", "", spec) for spec in specs)  # of a path only its end
+    name, *defences = map(brief, specs)
     attack = f"{name}-rho{config.attack.rho:g}" if config.attack.rho else "clean"
     words = "-".join([config.learner_name, attack, *defences])
     readable = re.sub(r"[^\w.=-]+", "-", words)[:LONGEST].strip("-")
@@ -122,7 +123,8 @@ def directory(config: Config) -> str:
 
 
 def canonical(config: Config) -> Config:
-    """``config``, naming no attack where rho is 0, since none acts."""
+    """``config`` with paths in full, and naming no attack where rho is 0, since none acts."""
+    config = located(config)
     return config if config.attack.rho else replace(config, attack=AttackConfig())
 
 

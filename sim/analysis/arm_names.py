@@ -1,8 +1,8 @@
 """What runs of one experiment are called: by their attack, their defences, and what else differs.
 
 Runs that differ in seeds only are replicates of one arm, and runs that differ in nothing that acts
-are one run, wherever they lie. Names are made from the recorded
-configurations as they stand; nothing that a configuration names is looked up or imported.
+are one run, wherever they lie. Names are made from the recorded configurations as they stand;
+nothing that a configuration names is looked up or imported.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
+
+from envs.registry import brief
 
 SEEDS = ("seed", "world.seed", "world.model_seed")
 """Fields that make replicates of an arm, not another arm."""
@@ -44,8 +46,8 @@ def arm_names(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 def base_name(known: Mapping[str, Any]) -> str:
     """Attack and defences, from the flat fields of a configuration."""
     rho = known.get("attack.rho", 0.0)
-    attack = f"{known.get('attack.name')} ρ={rho:g}" if rho else "clean"
-    return " + ".join([attack, *known.get("defences", [])])
+    attack = f"{brief(str(known.get('attack.name')))} ρ={rho:g}" if rho else "clean"
+    return " + ".join([attack, *map(brief, known.get("defences", []))])
 
 
 def replicate(known: Mapping[str, Any]) -> str:
