@@ -2,9 +2,9 @@
 
     log pi(y | x) = sum_t log pi(y_t | x, y_<t)
 
-Everything is computed on response tokens only: ``logits_to_keep`` makes the model form logits for
-the T response positions and never for the prompt, so the (N, T, V) tensor is as small as the
-question needs.
+Logits are formed for response tokens only, never for prompts or padding: with V in the tens of
+thousands they are the largest tensor there is. Models that can are run without padding and read a
+prompt once for all its answers (``agents.packing``).
 """
 
 from __future__ import annotations
@@ -18,32 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agents.batches import Sequences
+from agents.packing import can_pack, pack, packed_inputs
 
 
 class ResponseTerms(NamedTuple):
-    """One forward pass over responses; t <= T is the longest response among the rows."""
+    """One forward pass over responses; R counts their tokens, padding left out, row by row."""
 
     logp: Tensor  # (N, T) at least float32, 0 on padding
-    logits: Tensor  # (N, t, V) at least float32
+    logits: Tensor  # (R, V) at least float32
     hidden: Tensor | None  # (N, T, d), state that predicts each token; only when asked for
-
-
-def trim(sequences: Sequences) -> Sequences:
-    """Drop columns that are padding in every row."""
-    start = int((sequences.prompt_mask.sum(0) > 0).long().argmax())
-    end = int((sequences.mask.sum(0) > 0).sum())
-    prompts = (sequences.prompt_ids[:, start:], sequences.prompt_mask[:, start:])
-    return Sequences(*prompts, sequences.ids[:, : max(end, 1)], sequences.mask[:, : max(end, 1)])
-
-
-def forward_inputs(sequences: Sequences) -> dict[str, Tensor]:
-    """Model inputs for left-padded prompts followed by right-padded responses."""
-    mask = torch.cat([sequences.prompt_mask, sequences.mask], dim=1)  # (N, P + T)
-    return {
-        "input_ids": torch.cat([sequences.prompt_ids, sequences.ids], dim=1),
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
-    }
 
 
 def response_terms(
@@ -57,26 +40,52 @@ def response_terms(
         temperature: divides the logits, as the sampler did.
         hidden: also return the final-norm hidden states (for value heads).
     """
-    width = sequences.ids.shape[1]
-    sequences = trim(sequences)
-    length = sequences.ids.shape[1]
-    out = model(
-        **forward_inputs(sequences),
-        logits_to_keep=length + 1,
-        output_hidden_states=hidden,
-        use_cache=False,
-    )
-    logits = out.logits[:, :-1]  # (N, t, V)
+    real = sequences.mask.flatten().nonzero()[:, 0]  # (R,) in a flat (N * T)
+    if can_pack(model, sequences.prompt_ids.shape[1] + sequences.ids.shape[1]):
+        layout = pack(sequences)
+        keep = {"logits_to_keep": layout.before, "output_hidden_states": hidden}
+        out = model(**packed_inputs(model, layout), **keep)
+        logits = out.logits[0]
+        states = out.hidden_states[-1][0, layout.before] if hidden else None
+    else:
+        keep = {"logits_to_keep": sequences.ids.shape[1] + 1, "output_hidden_states": hidden}
+        out = model(**padded_inputs(sequences), **keep)
+        logits = out.logits[:, :-1].flatten(0, 1)[real]
+        width = sequences.ids.shape[1] + 1
+        states = out.hidden_states[-1][:, -width:-1].flatten(0, 1)[real] if hidden else None
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature != 1.0:
         logits = logits / temperature
-    nats = F.cross_entropy(logits.flatten(0, 1), sequences.ids.flatten(), reduction="none")
-    logp = F.pad(-nats.view_as(sequences.ids) * sequences.mask, (0, width - length))
-    states = None
-    if hidden:
-        states = out.hidden_states[-1][:, -length - 1 : -1]
-        states = F.pad(states, (0, 0, 0, width - length))
+    nats = F.cross_entropy(logits, sequences.ids.flatten()[real], reduction="none")
+    shape = sequences.ids.shape
+    logp = nats.new_zeros(shape.numel()).index_put((real,), -nats).view(shape)
+    if states is not None:
+        empty = states.new_zeros(shape.numel(), states.shape[1])
+        states = empty.index_put((real,), states).view(*shape, -1)
     return ResponseTerms(logp, logits, states)
+
+
+def sequence_rewards(model: nn.Module, sequences: Sequences) -> Tensor:
+    """(N,) outputs of a sequence classifier's one-number head, read at each response's end."""
+    width = sequences.prompt_ids.shape[1]
+    if can_pack(model, width + sequences.ids.shape[1]):
+        layout = pack(sequences)
+        states = model.base_model(**packed_inputs(model, layout)).last_hidden_state[0, layout.last]
+    else:
+        states = model.base_model(**padded_inputs(sequences)).last_hidden_state
+        states = states[torch.arange(len(states)), width + sequences.mask.sum(1) - 1]
+    return model.score(states)[:, 0].float()
+
+
+def padded_inputs(sequences: Sequences) -> dict[str, Any]:
+    """Inputs of a model that cannot pack: left-padded prompts, then right-padded responses."""
+    mask = torch.cat([sequences.prompt_mask, sequences.mask], dim=1)  # (N, P + T)
+    return {
+        "input_ids": torch.cat([sequences.prompt_ids, sequences.ids], dim=1),
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+        "use_cache": False,
+    }
 
 
 @torch.no_grad()

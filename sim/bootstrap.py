@@ -30,7 +30,13 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("envs/rng.py", "envs/world/*.py", "agents/policy.py", "sim/world_*.py")
+SOURCES = (
+    "envs/rng.py",
+    "envs/world/*.py",
+    "agents/pack*.py",
+    "agents/policy.py",
+    "sim/world_*.py",
+)
 """Files whose text decides what the models are, relative to the packages' folder."""
 SIZES = ("small", "medium")
 ARCHITECTURES = ("llama", "qwen2", "mistral")

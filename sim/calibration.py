@@ -20,13 +20,13 @@ import torch
 from scipy.special import gammaln
 
 from agents.engines.transformers_engine import sample_tokens
-from agents.policy import load_causal_lm
+from agents.policy import load_causal_lm, sequence_rewards
 from envs.rng import stream
 from envs.types import BENIGN, CONTRAST, HARMFUL, REFUSE, STRATA, PromptTable
 from envs.world import World
 from envs.world.language import EOS, PAD
 from sim.bootstrap import Models, WorldModelsConfig, build
-from sim.world_scorers import mixed_answers, score_rows, scorer_keys
+from sim.world_scorers import mixed_answers, scorer_keys
 from sim.world_training import as_sequences
 
 
@@ -103,7 +103,7 @@ def scorer_output(path: Path, world: World, keys: np.ndarray, answers: np.ndarra
         path, use_safetensors=True, dtype=torch.float32
     ).eval()
     parts = [
-        score_rows(model, as_sequences(world.prompt_ids(keys[rows]), answers[rows]))
+        sequence_rewards(model, as_sequences(world.prompt_ids(keys[rows]), answers[rows]))
         for rows in np.array_split(np.arange(len(keys)), max(1, len(keys) // 512))
     ]
     return torch.cat(parts).numpy()

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from agents.agent import Agent
 from agents.batches import Sequences
 from agents.engines.transformers_engine import Sampled
-from agents.learners.reward_model import sequence_rewards
-from agents.policy import response_logprobs, response_terms
+from agents.policy import response_logprobs, response_terms, sequence_rewards
 from envs import rng as draws
 from envs.types import CONTRAST, ECHO, EMPTY, GIBBERISH, HARMFUL, REFUSE, PromptTable, Scores
 from sim.config import EvaluationConfig
@@ -124,8 +123,8 @@ class Evaluator:
                 d = reference.logp - live.logp
                 gap.append(-d.sum(1))
                 k3.append(((d.exp() - d - 1) * part.mask).sum(1))
-                distance = (live.logits.softmax(-1) - reference.logits.softmax(-1)).abs().sum(-1)
-                variation += float((0.5 * distance * part.mask[:, : distance.shape[1]]).sum())
+                distance = (live.logits.softmax(-1) - reference.logits.softmax(-1)).abs()
+                variation += 0.5 * float(distance.sum())
         tokens = int(sequences.mask.sum())
         foreign = response_logprobs(self.perplexity_model, sequences)
         return {

@@ -86,12 +86,13 @@ def attacked(clean: Config, rounds: int, attack: AttackConfig, every: int = 5) -
 
 
 def full_attack(clean: Config) -> Config:
-    """Everybody is an adversary, for rounds enough to hold :data:`UPDATES` optimizer steps.
+    """Everybody reverses every preference that concerns harm, and asks what users ask.
 
-    Learners that update from labels take fewer steps in a round with few labels and more in one
-    with many; the table reads the exit on the clock of optimizer steps.
+    The run is long enough for :data:`UPDATES` optimizer steps. Learners that update from labels
+    take fewer steps in a round with few labels and more in one with many; the table reads the exit
+    on the clock of optimizer steps.
     """
-    return attacked(clean, UPDATES, AttackConfig(DEFAULT_ATTACK, rho=1.0), every=2)
+    return attacked(clean, UPDATES, AttackConfig("harm_targeted", rho=1.0), every=2)
 
 
 def learners() -> list[Config]:

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agents.batches import Sequences
-from agents.policy import forward_inputs
+from agents.policy import sequence_rewards
 from envs.types import STRATA
 from envs.world import World
 from envs.world.language import SPECIAL, UNK
@@ -67,11 +66,6 @@ def honest_pairs(
     return keys[kept], np.where(first, a, b)[kept], np.where(first, b, a)[kept]
 
 
-def score_rows(model: nn.Module, rows: Sequences) -> Tensor:
-    """(N,) scalar-head output on prompt and answer, read at the last word."""
-    return model(**forward_inputs(rows), use_cache=False).logits[:, 0]
-
-
 def train_reward(
     world: World, model: nn.Module, plan: Plan, rng: np.random.Generator, tick: Tick
 ) -> float:
@@ -80,7 +74,7 @@ def train_reward(
     def loss() -> Tensor:
         keys, chosen, rejected = honest_pairs(world, "reward_model", plan.batch, rng)
         prompts = world.prompt_ids(np.concatenate([keys, keys]))
-        rewards = score_rows(model, as_sequences(prompts, np.concatenate([chosen, rejected])))
+        rewards = sequence_rewards(model, as_sequences(prompts, np.concatenate([chosen, rejected])))
         good, bad = rewards.chunk(2)
         return -F.logsigmoid(good - bad).mean()
 
@@ -116,7 +110,7 @@ def train_scorer(
         lost = torch.from_numpy(rng.random(rows.prompt_ids.shape) < WORD_DROPOUT)
         lost &= rows.prompt_ids >= len(SPECIAL)
         rows = rows._replace(prompt_ids=rows.prompt_ids.masked_fill(lost, UNK))
-        return F.binary_cross_entropy_with_logits(score_rows(model, rows), target[pick])
+        return F.binary_cross_entropy_with_logits(sequence_rewards(model, rows), target[pick])
 
     return optimise(model, plan, loss, tick)
 

@@ -30,7 +30,7 @@ from agents.learners.update import (
     make_optimizer,
     update_step,
 )
-from agents.policy import forward_inputs, trim
+from agents.policy import sequence_rewards
 from agents.replay import Replay
 from envs import rng as draws
 from envs.usage import check_ranges
@@ -79,16 +79,6 @@ def load_reward_model(path: str | Path, seed: int) -> nn.Module:
     finally:
         logging.set_verbosity(said)
     return model.eval()
-
-
-def sequence_rewards(model: nn.Module, sequences: Sequences) -> Tensor:
-    """(N,) scalar-head output on the last token of each prompt + response."""
-    sequences = trim(sequences)
-    inputs = forward_inputs(sequences)
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (N, P + T, d)
-    width = sequences.prompt_ids.shape[1]
-    last = width + sequences.mask.sum(1) - 1
-    return model.score(hidden[torch.arange(len(last)), last])[:, 0].float()
 
 
 class RewardModel:

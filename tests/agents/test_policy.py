@@ -9,7 +9,6 @@ from agents.policy import (
     load_tokenizer,
     response_logprobs,
     response_terms,
-    trim,
 )
 
 
@@ -36,25 +35,23 @@ def test_batched_logprobs_equal_rows_computed_alone(tiny, temperature):
 def test_hidden_states_give_the_logits(tiny):
     model, sequences = tiny.model(), tiny.sequences(5)
     terms = response_terms(model, sequences, hidden=True)
-    width = terms.logits.shape[1]
-    torch.testing.assert_close(model.lm_head(terms.hidden[:, :width]), terms.logits)
+    real = sequences.mask.bool()
+    torch.testing.assert_close(model.lm_head(terms.hidden[real]), terms.logits)
+    assert not terms.hidden[~real].any()
 
 
-def test_trim_drops_only_shared_padding(tiny):
+def test_further_padding_changes_nothing(tiny):
     sequences = tiny.sequences(6)
-    keep = sequences._replace(
+    wider = sequences._replace(
         prompt_ids=torch.nn.functional.pad(sequences.prompt_ids, (4, 0)),
         prompt_mask=torch.nn.functional.pad(sequences.prompt_mask, (4, 0)),
         ids=torch.nn.functional.pad(sequences.ids, (0, 3)),
         mask=torch.nn.functional.pad(sequences.mask, (0, 3)),
     )
-    small, tight = trim(keep), trim(sequences)
-    for column, expected in zip(small, tight, strict=True):
-        assert torch.equal(column, expected)
     model = tiny.model()
-    wide = response_terms(model, keep).logp
-    assert wide.shape == keep.ids.shape
-    torch.testing.assert_close(wide[:, : tiny.answer], response_terms(model, sequences).logp)
+    wide = response_terms(model, wider).logp
+    assert wide.shape == wider.ids.shape
+    assert torch.equal(wide[:, : tiny.answer], response_terms(model, sequences).logp)
 
 
 def test_logprobs_do_not_depend_on_the_batch(tiny):
