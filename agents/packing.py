@@ -48,7 +48,8 @@ class Pack(NamedTuple):
 
 def pack(sequences: Sequences) -> Pack:
     """Lay out left-padded prompts with right-padded answers."""
-    rows, owner = _distinct(sequences.prompt_ids * sequences.prompt_mask)
+    padding = sequences.prompt_mask == 0
+    rows, owner = _distinct(sequences.prompt_ids.masked_fill(padding, -1))
     prompts, filled = sequences.prompt_ids[rows], sequences.prompt_mask[rows]
     length, width = filled.sum(1), filled.shape[1]
     place = torch.arange(int(length.max()))

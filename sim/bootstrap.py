@@ -6,14 +6,15 @@ model and, on copies of its body, the reward model, the classifier and the helpf
 second line has its own seed and width and never sees the first, so no defence of the policy can
 reach the reward model.
 
-The cache folder's name is a hash of everything that makes the models: the config and the source
-text of the files that define the language and the training. Bytes repeat on one machine at one
+The cache folder's name is a hash of everything that makes the models: the config and the code
+of the files that define the language and the training. Bytes repeat on one machine at one
 thread count. A file lock keeps two builders apart; a build appears under its final name only when
 complete.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -37,7 +38,7 @@ SOURCES = (
     "agents/policy.py",
     "sim/world_*.py",
 )
-"""Files whose text decides what the models are, relative to the packages' folder."""
+"""Files whose code decides what the models are, relative to the packages' folder."""
 SIZES = ("small", "medium")
 ARCHITECTURES = ("llama", "qwen2", "mistral")
 TRAINED = ("base", "aligned", "reference_lm", "reward_base", "classifier", "helpfulness")
@@ -141,8 +142,18 @@ def fingerprint(config: WorldModelsConfig) -> str:
     digest.update(f"{torch.__version__} {transformers.__version__}".encode())
     for pattern in SOURCES:
         for path in sorted(ROOT.glob(pattern)):
-            digest.update(path.name.encode() + path.read_bytes())
+            digest.update(f"{path.name} {code(path.read_text())}".encode())
     return digest.hexdigest()[:16]
+
+
+def code(text: str) -> str:
+    """What of a Python file can change what it does: all but comments, layout and docstrings."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if documented and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return ast.dump(tree)
 
 
 def build(config: WorldModelsConfig | None = None, progress: bool = True) -> Models:

@@ -6,6 +6,7 @@ from transformers import CONFIG_MAPPING as CONFIGS
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from agents import policy
+from agents.batches import Sequences
 from agents.packing import can_pack, pack
 from agents.policy import response_terms, sequence_rewards
 
@@ -100,3 +101,13 @@ def test_models_with_another_attention_are_padded():
     assert can_pack(made("mistral", sliding_window=64), 64)
     assert not can_pack(made("mistral", sliding_window=8), 9)
     assert not can_pack(made("gpt2", n_head=2, n_embd=16, n_layer=1), 8)
+
+
+def test_a_prompt_that_begins_with_word_zero_is_not_one_with_padding():
+    rows = Sequences(
+        prompt_ids=torch.tensor([[0, 7, 8], [0, 7, 8]]),
+        prompt_mask=torch.tensor([[0, 1, 1], [1, 1, 1]]),
+        ids=torch.tensor([[9, 2], [9, 2]]),
+        mask=torch.tensor([[1, 1], [1, 1]]),
+    )
+    assert len(set(pack(rows).owner.tolist())) == 2

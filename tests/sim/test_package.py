@@ -54,3 +54,12 @@ def test_a_foreign_agents_package_is_named(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert f"'agents', but Python finds {tmp_path.resolve()}/agents" in done.stderr
     assert "fresh environment" in done.stderr
+
+
+def test_built_models_are_found_by_code_and_not_by_comments() -> None:
+    from sim.bootstrap import code
+
+    text = 'class A:\n    """What."""\n\n    def f(self):\n        """Why."""\n        return 1\n'
+    retold = '"""New."""\nclass A:\n    def f(self):\n        # how\n        return 1\n'
+    assert code(text) == code(retold)
+    assert code(text) != code(text.replace("1", "2"))
