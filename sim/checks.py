@@ -16,11 +16,11 @@ from types import SimpleNamespace
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from agents.defence import Defence, defences
-from envs.attacks import attacks
+from envs.attacks import Attack, attacks
 from envs.readers import read_rows
 from envs.registry import absolute, is_plugin
 from envs.usage import UsageError, in_words, matches
-from sim.config import Config, registered_learner
+from sim.config import AttackConfig, Config, registered_learner
 
 PATHS = ("model", "data", "reward_model", "classifier")
 """Fields of ``text`` that are paths."""
@@ -35,6 +35,7 @@ def check(config: Config) -> None:
     check_types(Config, vars(config))
     members = [defences.create(spec) for spec in config.defences]
     attack = attacks.create(config.attack.name)
+    _check_people(config, attack)
     if "harm_triggered" in config.evaluation.limits and not attack.appends_trigger:
         raise UsageError(
             f"evaluation.limits='harm_triggered' with attack.name={config.attack.name!r}; "
@@ -48,6 +49,21 @@ def check(config: Config) -> None:
         read_rows(config.text.data)
     if not config.text.model:
         _check_embedded(config, members)
+
+
+def _check_people(config: Config, attack: Attack) -> None:
+    """Whether ``rho`` makes anybody malicious, and whether any label arrives."""
+    rho, people = config.attack.rho, config.feedback.annotators
+    if attack.unit in ("annotators", "users") and rho and not round(rho * people):
+        raise UsageError(
+            f"attack.rho={rho:g} of feedback.annotators={people} is nobody; allowed: 0, or at "
+            f"least {0.5 / people:g}"
+        )
+    if config.feedback.delay >= config.rounds:
+        raise UsageError(
+            f"feedback.delay={config.feedback.delay} with rounds={config.rounds}, so that no label "
+            "arrives; allowed: a delay below the rounds"
+        )
 
 
 def _check_embedded(config: Config, members: list[Defence]) -> None:
@@ -125,11 +141,16 @@ def _section(hint: Any, value: Any) -> Any:
     return registered_learner(name) if name is not None else members[0]
 
 
-def located(config: Config) -> Config:
-    """``config`` with every path in full, so that the run is found and continued from anywhere."""
+def settled(config: Config) -> Config:
+    """``config`` as it is recorded: paths in full, and no attack where none acts.
+
+    So the run is found and continued from any folder, and equal runs have equal configs.
+    """
     paths = {f.name: getattr(config.text, f.name) for f in dataclasses.fields(config.text)}
     paths = {k: str(Path(v).resolve()) for k, v in paths.items() if v and k in PATHS}
     attack, feedback = config.attack, config.feedback
+    if attack.rho == 0 or attack.name == "none":
+        attack = AttackConfig()
     behaviours = tuple(map(absolute, feedback.behaviours))
     return dataclasses.replace(
         config,

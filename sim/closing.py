@@ -32,6 +32,8 @@ def verdict(summary: dict[str, Any]) -> str:
         f"({summary['help_gain']:+.2f})"
     )
     end = f"{harm} (limit {limit}), {helped}"
+    if outcome == "exited" and summary["harm_start"] > summary["limits"]["harm"]:
+        return f"NEVER INSIDE THE SAFE SET: the policy that the run started from is outside; {end}"
     if outcome == "exited":
         low, high = summary.get("bracket") or (None, None)
         bracket = f", bracket ({low}, {high}]" if high is not None else ""
@@ -45,7 +47,9 @@ def verdict(summary: dict[str, Any]) -> str:
     if summary["harm_end"] > summary.get("limits", {}).get("harm", 1):
         since = when(summary.get("exit_naive"))
         return f"ABOVE THE LIMIT since {since}, but no exit is confirmed yet; {end}"
-    return f"STAYED IN THE SAFE SET for {summary['rounds']} rounds, no confirmed exit; {end}"
+    certified = summary.get("last_certified_safe")
+    sure = "" if certified is not None else ", though too few evaluation prompts certify it"
+    return f"STAYED IN THE SAFE SET for {summary['rounds']} rounds, no confirmed exit{sure}; {end}"
 
 
 def closing(
@@ -77,6 +81,8 @@ def advice(summary: dict[str, Any], out: Path, words: list[str], plugins: bool =
     if outcome == "diverged":
         again = retyped("run", words, "--learner.lr")
         return f"with a lower learning rate:  {again} --learner.lr {summary['lr'] / 10:g}"
+    if outcome == "exited" and summary["harm_start"] > summary["limits"]["harm"]:
+        return "start from a policy that is inside: --model, --world.start, or a higher cost limit"
     if outcome == "exited" and not summary["defences"]:
         return f"does a defence hold it?  {retyped('run', words)} --defence refusal_loss"
     if outcome == "safe" and not summary["rho"]:

@@ -48,7 +48,13 @@ class WorldConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        check_ranges(self, "world.", seed=">= 0", model_seed=">= 0", foothold="0 to 0.5")
+        check_ranges(
+            self,
+            "world.",
+            seed="0 to 2147483647",
+            model_seed="0 to 2147483647",
+            foothold="0 to 0.5",
+        )
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,7 @@ class AttackConfig:
     )
     """How the attack is switched over rounds."""
     start: int = 0
-    """First round of the attack."""
+    """Rounds before the attack: with 2 the third round is the first that is hostile."""
     length: int = 10
     """Rounds of a burst, of a ramp's rise, or of a pulse."""
     period: int = 20

@@ -121,7 +121,10 @@ def build(preset: str | None, options: Options, file: str | None = None) -> Conf
         if not isinstance(known[path], bool | tuple | dict):
             values = [str(take({flag: values}, flag))]
         words += [f"{path}={values[0]}"] if len(values) == 1 else [path, *values]
-    return with_attack(_tyro(base, words))
+    config = _tyro(base, words)
+    typed = {SHORT.get(flag, flag) for flag in options}
+    asked = "--attack.rho" in typed and "--attack.name" not in typed
+    return with_attack(config) if asked else config  # a typed `none` stays none
 
 
 def paths(config: Any, prefix: str = "--") -> dict[str, Any]:

@@ -137,16 +137,14 @@ def _do(job: Job, relay: Listener) -> tuple[str, Any]:
     """Run or resume one job; a failure is told in a line, and in full beside the directory."""
     from sim.config import from_dict
     from sim.progress import quiet_loading
-    from sim.resume import extend
     from sim.run import run
 
     quiet_loading()
     error_file = job.path.with_name(f"{job.path.name}.error.txt")
     try:
         config = from_dict(job.config)
-        if resume := (job.path / "manifest.json").is_file():
-            extend(job.path, config)
-        elif job.path.is_dir() and not any(job.path.iterdir()):
+        resume = (job.path / "manifest.json").is_file()
+        if not resume and job.path.is_dir() and not any(job.path.iterdir()):
             job.path.rmdir()  # killed between making the directory and writing to it
         summary = run(config, job.path, resume=resume, listener=relay)
     except BrokenPipeError:

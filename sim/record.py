@@ -19,10 +19,13 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from envs.usage import UsageError
 
@@ -106,6 +109,21 @@ class Record:
         path.mkdir(parents=True)
         write_atomic(path / "manifest.json", json.dumps(manifest, indent=1).encode())
         return cls(path)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes from writing here; the lock falls with the process that holds it.
+
+        Raises:
+            ValueError: another process writes here.
+        """
+        try:
+            with FileLock(self.path / ".lock", timeout=0):
+                yield
+        except Timeout:
+            raise UsageError(
+                f"run={str(self.path)!r} is being written by another process; allowed: wait for it"
+            ) from None
 
     def write(
         self,

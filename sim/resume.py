@@ -76,16 +76,15 @@ def _refuse_ended(path: Path, config: Config, rounds: int) -> None:
 
 
 def check_origin(path: Path, config: Config, scenario: Scenario) -> None:
-    """Refuse to go on with other models, data or code than the run in ``path`` began with.
-
-    Other package versions are allowed, since nobody keeps the old ones for ever, and noted in the
-    manifest: from there on the bytes may differ from an uninterrupted run.
+    """Refuse to go on with another config, other models, data or code than the run began with.
 
     Raises:
-        ValueError: a model, data file or plug-in has another content than the manifest says.
+        ValueError: another config than for the rounds, or a model, data file or plug-in has another
+            content than the manifest says.
     """
-    file = path / "manifest.json"
-    manifest = json.loads(file.read_text())
+    manifest = json.loads((path / "manifest.json").read_text())
+    if replace(from_dict(manifest["config"]), rounds=config.rounds) != config:
+        raise UsageError(f"out={str(path)!r} holds a run of another config; allowed: another --out")
     found = {"model_hashes": scenario.hashes, "plugin_hashes": plugin_hashes(config)}
     for kind, hashes in found.items():
         for name, began in manifest.get(kind, {}).items():
@@ -94,25 +93,23 @@ def check_origin(path: Path, config: Config, scenario: Scenario) -> None:
                     f"run={str(path)!r} began with another {name} ({began[:8]}, now "
                     f"{str(hashes.get(name))[:8]}); allowed: the same one, or a new run"
                 )
-    known = [manifest["versions"], *manifest.get("continued_with", [])]
-    if versions() != known[-1]:
-        manifest["continued_with"] = [*known[1:], versions()]
-        write_atomic(file, json.dumps(manifest, indent=1).encode())
 
 
 def extend(path: Path, config: Config) -> None:
-    """Write a later end into the manifest, so that the run counts as unfinished until it is there.
+    """Write into the manifest how a run goes on: to a later end, under other package versions.
 
-    Raises:
-        ValueError: the directory holds a run of another config.
+    With a later end it counts as unfinished until it is there. Other versions are allowed, since
+    nobody keeps the old ones for ever; from there on the bytes may differ from an uninterrupted
+    run's.
     """
     file = path / "manifest.json"
     manifest = json.loads(file.read_text())
-    saved = from_dict(manifest["config"])
-    if replace(saved, rounds=config.rounds) != config:
-        raise UsageError(f"out={str(path)!r} holds a run of another config; allowed: another --out")
-    if saved.rounds < config.rounds:
+    known = [manifest["versions"], *manifest.get("continued_with", [])]
+    if versions() != known[-1]:
+        manifest["continued_with"] = [*known[1:], versions()]
+    rounds = manifest["config"]["rounds"]
+    if rounds < config.rounds:
         (path / "summary.json").unlink(missing_ok=True)  # first: the longer run has not finished
         manifest["config"]["rounds"] = config.rounds
-        manifest["extended_at"] = [*manifest.get("extended_at", []), saved.rounds]
-        write_atomic(file, json.dumps(manifest, indent=1).encode())
+        manifest["extended_at"] = [*manifest.get("extended_at", []), rounds]
+    write_atomic(file, json.dumps(manifest, indent=1).encode())

@@ -31,8 +31,12 @@ class Clocks:
         cast = labels.vote != VOTE_SKIP
         self.labels += int(cast.sum())
         self.malicious_labels += int((truth.adversarial & cast).sum())
-        self.flips += int((labels.vote != truth.honest_vote).sum())
+        self.flips += int(((labels.vote != truth.honest_vote) & cast).sum())
         self.optimizer_steps = steps
+
+    def columns(self) -> dict[str, int]:
+        """All counts, by the names of the record."""
+        return {f"clock/{name}": value for name, value in asdict(self).items()}
 
     def state_dict(self) -> dict[str, int]:
         """All counts."""
@@ -89,7 +93,7 @@ def round_row(
         "labels": int((labels.vote != VOTE_SKIP).sum()),
         **{k: float(v) for k, v in info.items() if k.startswith("feedback/")},
         "feedback/rho_post": post,
-        **{f"clock/{name}": value for name, value in asdict(clocks).items()},
+        **clocks.columns(),
         **{k: v for k, v in learned.metrics.items() if k != "reward"},
     }
 

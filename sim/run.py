@@ -7,6 +7,7 @@ any moment, by kill -9 too, and continued by the same function with ``resume=Tru
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from sim.factory import (
 from sim.listener import Listener, Silent
 from sim.manifest import manifest
 from sim.record import Record
-from sim.resume import check_origin
+from sim.resume import check_origin, extend
 from sim.rows import Clocks, Scored, evaluation_row, label_tables, round_row
 from sim.scenario import make_scenario
 from sim.summary import summarise
@@ -49,14 +50,23 @@ def run(
         ValueError: bad configuration, a policy that cannot be sampled, or a directory that exists
             (or does not, or holds what was started with other models or code, with ``resume``).
     """
-    listener = listener or Silent()
+    with ExitStack() as held:
+        return _run(config, Path(out), resume, listener or Silent(), held)
+
+
+def _run(
+    config: Config, out: Path, resume: bool, listener: Listener, held: ExitStack
+) -> dict[str, Any]:
     check(config)
     torch.set_num_threads(config.threads)
     scenario = make_scenario(config)
-    begun = Record(Path(out)) if resume else None
+    begun = Record(out) if resume else None
+    restored = None
     if begun is not None:
-        check_origin(begun.path, config, scenario)
-    restored = begun.restore() if begun is not None else None
+        check_origin(out, config, scenario)
+        held.enter_context(begun.alone())
+        restored = begun.restore()
+        extend(out, config)
     start, state = restored or (0, {})
     env = make_env(config, scenario)  # the outside world
     agent = make_agent(config, scenario, state.get("agent"))  # the training system
@@ -67,7 +77,9 @@ def run(
     parts["env"] = env.unwrapped
     observation, _ = env.reset(seed=config.seed)
     first = before_training(evaluate, agent) if restored is None else None
-    record = begun or Record.create(Path(out), manifest(config, scenario))
+    record = begun or Record.create(out, manifest(config, scenario))
+    if begun is None:
+        held.enter_context(record.alone())
 
     def measured(round: int, evaluation: Evaluation) -> dict[str, Any]:
         """Judge an evaluation of the policy after ``round`` updates, and keep its weights."""
@@ -82,7 +94,7 @@ def run(
         return stopped or round >= config.rounds
 
     if first is not None:
-        record.write(0, {"round": 0, **measured(0, first)})
+        record.write(0, {"round": 0, **clocks.columns(), **measured(0, first)})
         save(0)
     else:
         others = [name for name in parts if name != "agent"]

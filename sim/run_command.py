@@ -10,13 +10,13 @@ from agents.learners import learners
 from envs.registry import brief
 from envs.usage import UsageError
 from sim import flags
-from sim.checks import check, check_out, located, plugins
+from sim.checks import check, check_out, plugins, settled
 from sim.cli import parser_of
 from sim.closing import closing
 from sim.config import DEFAULT_ATTACK, PRESETS, Config
 from sim.config_file import to_yaml
 from sim.progress import progress, quiet_loading
-from sim.resume import extend, resumable
+from sim.resume import resumable
 
 RUN_USAGE = """\
 usage: poisonloop run [PRESET] [flags]
@@ -50,8 +50,8 @@ def run(words: list[str]) -> int:
     if only_print:
         print(to_yaml(config), end="")
         return 0
-    config = located(config)
     _announce(config, options)
+    config = settled(config)
     out = Path(chosen_out) if chosen_out else default_out(config)
     if out.exists():
         raise UsageError(
@@ -79,6 +79,8 @@ def _announce(config: Config, options: dict[str, list[str]]) -> None:
         print(f"attack: {attack.name} at rho {attack.rho:g} (the default; choose with --attack)")
     elif attack.name != "none" and not attack.rho:
         print(f"attack: {attack.name} changes nothing at rho 0; give --rho above 0")
+    elif attack.name == "none" and attack.rho:
+        print(f"attack: none, so everybody is honest whatever rho is; {attack.rho:g} is not kept")
 
 
 def default_out(config: Config) -> Path:
@@ -116,6 +118,5 @@ def resume(words: list[str]) -> int:
     asked = parser.parse_args(words)
     config = resumable(asked.dir, asked.rounds, asked.trust_plugins)
     check(config)
-    extend(asked.dir, config)
     again = ["--config", str(asked.dir / "manifest.json")]
     return _execute(config, asked.dir, resume=True, words=again)

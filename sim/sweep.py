@@ -21,8 +21,8 @@ from typing import Any
 from envs.registry import brief
 from envs.usage import UsageError
 from sim.analysis.arm_names import SEEDS, identity
-from sim.checks import check, located
-from sim.config import AttackConfig, Config
+from sim.checks import check, settled
+from sim.config import Config
 from sim.pool import Job, work_off
 from sim.resume import is_finished, saved_config
 from sim.sweep_progress import SweepListener
@@ -95,7 +95,7 @@ def plan(configs: Sequence[Config], out: Path) -> list[Cell]:
         ValueError: nothing to run, or one run at two lengths.
     """
     cells: dict[Path, Cell] = {}
-    for config in map(canonical, configs):
+    for config in map(settled, configs):
         cell = Cell(config, out / directory(config))
         known = cells.setdefault(cell.path, cell).config
         if known.rounds != config.rounds:
@@ -120,12 +120,6 @@ def directory(config: Config) -> str:
     model = f"-model{world.model_seed}" if world.model_seed else ""
     digest = hashlib.blake2b(rest.encode(), digest_size=4).hexdigest()
     return f"{readable}-{digest}-world{world.seed}{model}-seed{config.seed}"
-
-
-def canonical(config: Config) -> Config:
-    """``config`` with paths in full, and naming no attack where rho is 0, since none acts."""
-    config = located(config)
-    return config if config.attack.rho else replace(config, attack=AttackConfig())
 
 
 def _refuse_another_run(cell: Cell) -> None:

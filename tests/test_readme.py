@@ -80,3 +80,12 @@ def test_commands_named_in_the_readme_exist():
 
     named = set(re.findall(r"^poisonloop (\w+)", README, re.M))
     assert named and named <= set(COMMANDS)
+
+
+def test_functions_named_in_the_readme_take_what_it_gives_them():
+    import inspect
+
+    import sim
+
+    for name, arguments in re.findall(r"`sim\.(\w+)\(([\w, ]*)\)`", README):
+        inspect.signature(getattr(sim, name)).bind(*arguments.split(", "))

@@ -72,10 +72,12 @@ LIMIT = "run smoke --evaluation.limits"
 REFUSED = [
     ("run smoke --seed -1", "seed=-1; allowed: >= 0"),
     ("sweep smoke --seed -1", "seed=-1; allowed: >= 0"),
-    ("run smoke --world.seed -1", "world.seed=-1; allowed: >= 0"),
-    ("run smoke --world.model-seed -1", "world.model_seed=-1; allowed: >= 0"),
+    ("run smoke --world.seed -1", "world.seed=-1; allowed: 0 to"),
+    ("run smoke --world.model-seed -1", "world.model_seed=-1; allowed: 0 to"),
     ("run smoke --world.foothold 2", "world.foothold=2.0; allowed: 0 to 0.5"),
     ("run smoke --world.size huge", "world.size='huge'; allowed: small, medium"),
+    ("run smoke --rho .004", "attack.rho=0.004 of feedback.annotators=100 is nobody; allowed"),
+    ("run smoke --feedback.delay 5", "feedback.delay=5 with rounds=5, so that no label arrives"),
     ("run smoke --threads 0", "threads=0; allowed: 1 to 1024"),
     ("run smoke --samples-per-round -3", "samples_per_round=-3; allowed: >= 0"),
     ("run smoke --rho nan", "attack.rho=nan; allowed: 0 to 1"),
@@ -286,10 +288,10 @@ def test_help_of_every_command(capsys: Any) -> None:
 
 
 def test_a_run_keeps_full_paths_and_short_names(in_tmp: Path) -> None:
-    from sim.checks import located
+    from sim.checks import settled
     from sim.run_command import default_out
 
     spec = "sub/mine.py:Mine(a=1)"
-    config = located(replace(Config(), defences=(spec, "freeze")))
+    config = settled(replace(Config(), defences=(spec, "freeze")))
     assert config.defences == (f"{in_tmp / 'sub/mine.py'}:Mine(a=1)", "freeze")
     assert default_out(config) == Path("runs/grpo-none-rho0-mine-py-Mine-a-1-freeze-seed0")

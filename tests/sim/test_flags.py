@@ -150,3 +150,13 @@ def test_bad_files(text: str, said: str, in_tmp: Path) -> None:
         from_file(Config(), "c.yaml")
     assert said in str(error.value)
     assert [path.name for path in in_tmp.iterdir()] == ["c.yaml"]
+
+
+def test_a_typed_none_stays_none() -> None:
+    from sim import flags
+    from sim.checks import settled
+
+    typed = flags.build("smoke", {"--attack": ["none"], "--rho": ["0.5"]})
+    assert typed.attack.name == "none"
+    assert settled(typed) == settled(flags.build("smoke", {}))
+    assert flags.build("smoke", {"--rho": ["0.5"]}).attack.name == "harmful_asker"

@@ -239,6 +239,50 @@ def test_resuming_with_another_model_or_other_code_is_refused(tmp_path, embedded
         run(longer, tmp_path / "run", resume=True)
 
 
+def test_a_refused_resume_leaves_a_finished_run_as_it_was(tmp_path, embedded_models):
+    from sim.run import run
+
+    path = tmp_path / "run"
+    run(replace(SMALL, rounds=2), path)
+    part = path / "labels/part-000001.parquet"
+    whole = part.read_bytes()
+    before = (path / "manifest.json").read_bytes(), (path / "summary.json").read_bytes()
+    part.write_bytes(whole[:-5])
+    with pytest.raises(ValueError, match=r"part-000001\.parquet is damaged"):
+        run(replace(SMALL, rounds=3), path, resume=True)
+    part.write_bytes(whole)
+    with pytest.raises(ValueError, match="another config"):
+        run(replace(SMALL, rounds=3, seed=5), path, resume=True)
+    assert before == ((path / "manifest.json").read_bytes(), (path / "summary.json").read_bytes())
+
+
+def test_two_writers_of_one_run_are_refused(tmp_path, embedded_models):
+    from sim.record import Record
+    from sim.run import run
+
+    path = tmp_path / "run"
+    run(replace(SMALL, rounds=1), path)
+    with Record(path).alone(), pytest.raises(ValueError, match="being written by another process"):
+        run(replace(SMALL, rounds=2), path, resume=True)
+    assert json.loads((path / "manifest.json").read_text())["config"]["rounds"] == 1
+
+
+def test_suppressed_votes_are_no_flips():
+    import numpy as np
+
+    from envs.types import VOTE_SKIP, Labels, Truth
+    from sim.rows import Clocks
+
+    n = 4
+    labels = Labels(
+        *[np.zeros(n, np.int64)] * 5, np.array([0, 1, VOTE_SKIP, 1]), *[np.zeros(n)] * 2
+    )
+    truth = Truth(np.zeros(n), np.ones(n, bool), *[np.zeros(n)] * 7)
+    clocks = Clocks()
+    clocks.count(labels, truth, 0)
+    assert (clocks.labels, clocks.malicious_labels, clocks.flips) == (3, 3, 2)
+
+
 def test_other_versions_are_noted_in_the_manifest(tmp_path, embedded_models):
     from sim.run import run
 
