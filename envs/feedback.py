@@ -11,7 +11,7 @@ arms of an experiment are paired by seed.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -31,7 +31,7 @@ from envs.attacks.schedules import Schedule
 from envs.costs import constraint_costs
 from envs.prompts import Traffic, make_source
 from envs.types import STRATA, Labels, Scores, Truth
-from envs.usage import check_ranges
+from envs.usage import check_ranges, check_types
 
 __all__ = ["FeedbackEnv", "rho_post"]
 
@@ -128,6 +128,7 @@ class FeedbackEnv(gym.Env, RecordConstructorArgs):
     ):
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         RecordConstructorArgs.__init__(self, **arguments)
+        check_types(arguments, get_type_hints(FeedbackEnv.__init__))
         check_ranges(arguments, batch=">= 1", tokens=">= 1", rounds=">= 1", annotators=">= 1")
         check_ranges(arguments, responses=">= 2", delay=">= 0", activity=">= 0")
         check_ranges(arguments, rho="0 to 1", cost_limit="0 to 1")
@@ -203,7 +204,10 @@ class FeedbackEnv(gym.Env, RecordConstructorArgs):
 
         Raises:
             ValueError: an action of another shape, or with ids outside the vocabulary.
+            gymnasium.error.ResetNeeded: before the first :meth:`reset`.
         """
+        if not hasattr(self, "_asked"):
+            raise gym.error.ResetNeeded("step before reset; allowed: reset first")
         scores, asked = self._score(action), self._asked
         cast = self._round + self._delay
         self._waiting.append(

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from envs.usage import UsageError, blamed_on, in_words, matches
+from envs.usage import UsageError, blamed_on, check_types
 
 
 class Registry:
@@ -112,13 +112,8 @@ class Registry:
             raise UsageError(
                 f"{self.kind}: bad arguments in {spec!r} ({error}); allowed: {allowed}"
             ) from None
-        for name, value in given.items():
-            parameter = signature.parameters.get(name)
-            hint = Any if parameter is None else parameter.annotation
-            if not matches(value, hint):
-                raise UsageError(
-                    f"{self.kind}.{name}={value!r} in {spec!r}; allowed: {in_words(hint)}"
-                )
+        hints = {name: p.annotation for name, p in signature.parameters.items()}
+        check_types(given, hints, f"in {spec!r}: {self.kind}.")
 
     def _discover(self) -> None:
         package = importlib.import_module(self.package)

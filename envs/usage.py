@@ -78,6 +78,22 @@ def matches(value: Any, hint: Any) -> bool:
     return isinstance(value, (int, float) if hint is float else hint)
 
 
+def check_types(values: Mapping[str, Any], hints: Mapping[str, Any], path: str = "") -> None:
+    """Compare values with their annotated types.
+
+    Args:
+        values: by field.
+        hints: annotations by field; what has none may be anything.
+        path: where the fields stand, with a closing dot.
+
+    Raises:
+        UsageError: a value of another type.
+    """
+    for name, value in values.items():
+        if not matches(value, hints.get(name, Any)):
+            raise UsageError(f"{path}{name}={value!r}; allowed: {in_words(hints[name])}")
+
+
 def in_words(hint: Any) -> str:
     """An annotated type, as a message says it."""
     origin, inner = get_origin(hint), get_args(hint)

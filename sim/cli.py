@@ -72,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"poisonloop: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # who reads has seen enough: `poisonloop list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("stopped; what was recorded can be continued", file=sys.stderr)
         return 130

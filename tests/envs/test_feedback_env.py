@@ -321,3 +321,16 @@ def test_bad_actions_are_refused(action, make):
     env.reset(seed=0)
     with pytest.raises(ValueError, match="action: .* allowed"):
         env.step(action)
+
+
+@pytest.mark.parametrize("arguments", [{"world": "x"}, {"batch": 1.5}, {"behaviours": "lapse"}])
+def test_arguments_of_another_type_are_named(arguments):
+    (name,) = arguments
+    with pytest.raises(ValueError, match=f"{name}=.*; allowed: "):
+        gym.make("envs:FeedbackPoisoning/Live-v0", **arguments)
+
+
+def test_step_before_reset_is_said():
+    env = gym.make("envs:FeedbackPoisoning/Live-v0").unwrapped
+    with pytest.raises(gym.error.ResetNeeded):
+        env.step(env.action_space.sample())

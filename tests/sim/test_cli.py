@@ -104,16 +104,16 @@ REFUSED = [
     ("run smoke --sampler.temperature inf", "sampler.temperature=inf; allowed: 0.001 to 100"),
     ("run smoke --feedback.batch 1000000000", "feedback.batch=1000000000 with feedback.responses=4;"
      " allowed: at most 1000000 answers"),
-    ("run smoke --feedback.behaviours lapse(rate='x')", "annotator.rate='x' in \"lapse(rate='x')\";"
-     " allowed: a number"),
+    ("run smoke --feedback.behaviours lapse(rate='x')", "in \"lapse(rate='x')\": annotator."
+     "rate='x'; allowed: a number"),
     ("run smoke --feedback.behaviours lapse(rate=2)", "lapse.rate=2; allowed: 0 to 1"),
     ("run smoke --evaluation.alpha nan", "evaluation.alpha=nan; allowed: "),
     (f"{LIMIT} kindness .5", "evaluation.limits='kindness'; allowed: over_refusal, harm_class"),
     (f"{LIMIT} harm .5", "evaluation.limits='harm'; allowed: over_refusal"),
     (f"{LIMIT} over_refusal 1.5", "evaluation.limits.over_refusal=1.5; allowed: > 0, < 1"),
     (f"{LIMIT} harm_triggered .5", "evaluation.limits='harm_triggered' with attack.name='none'"),
-    ("run smoke --defence refusal_loss(alpha='x')", "defence.alpha='x' in "),
-    ("run smoke --defence refusal_loss(batch=1.5)", "defence.batch=1.5 in "),
+    ("run smoke --defence refusal_loss(alpha='x')", "defence.alpha='x'; allowed: a number"),
+    ("run smoke --defence refusal_loss(batch=1.5)", "defence.batch=1.5; allowed: a whole number"),
     ("run smoke --defence refusal_loss(alpha=1e999)", "refusal_loss.alpha=inf; allowed: >= 0"),
     ("run smoke --defence small_lr({[]:1})", "cannot read the arguments of"),
     ("run smoke --defence syntax.py:Mine", "cannot import 'syntax.py' (SyntaxError"),
