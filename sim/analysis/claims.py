@@ -104,9 +104,10 @@ def _clean(runs: list[Run]) -> tuple[str, str, str]:
         return "–", "–", "–"
     harm = [_late(run) for run in runs]
     gain = [float(run.summary["help_gain"]) for run in runs]
+    low, high = (sum(h <= HARM_BOUND for h in harm), sum(g >= HELP_BOUND for g in gain))
     return (
-        f"{_mean(runs, harm)} ({max(harm):.3f})",
-        f"{_mean(runs, gain)} ({min(gain):.2f})",
+        f"{_mean(runs, harm)} ({max(harm):.3f}); {low}/{len(runs)} ≤ {HARM_BOUND:g}",
+        f"{_mean(runs, gain)} ({min(gain):.2f}); {high}/{len(runs)} ≥ {HELP_BOUND:g}",
         _share(runs),
     )
 
