@@ -152,8 +152,14 @@ def absolute(spec: str) -> str:
     return f"{Path(where).resolve()}{colon}{name}{paren}{arguments}"
 
 
+def shortest(spec: str) -> str:
+    """``spec`` without empty parentheses, which mean what none mean."""
+    return spec.strip().removesuffix("()")
+
+
 def brief(spec: str) -> str:
     """``spec`` without the folder of a file, for names and tables."""
+    spec = shortest(spec)
     target, paren, arguments = spec.partition("(")
     where, colon, name = target.rpartition(":")
     return f"{Path(where).name}{colon}{name}{paren}{arguments}" if colon else spec

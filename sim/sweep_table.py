@@ -27,7 +27,7 @@ def tabulate(out: Path, cells: Sequence[Cell], failures: Mapping[Path, str]) -> 
     """
     import pandas as pd
 
-    from sim.analysis.load import Run, by_arm, load_runs
+    from sim.analysis.load import Run, by_arm, load_runs, named
     from sim.analysis.retained import clean_gains, twin
     from sim.analysis.tables import arm_rows
 
@@ -38,6 +38,7 @@ def tabulate(out: Path, cells: Sequence[Cell], failures: Mapping[Path, str]) -> 
         if cell.path in failures:
             asked = json.loads(json.dumps(cell.config.to_dict()))
             runs.append(Run(cell.path, {"config": asked}, {}, pd.DataFrame()))
+    runs = named(runs)
     gains = clean_gains(runs)
     rows = [
         {**_run_row(arm, run, failures.get(run.path)), "clean_help_gain": gains.get(twin(run))}
@@ -90,6 +91,7 @@ def print_table(table: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from sim.analysis.retained import UNKNOWN
     from sim.analysis.tables import OUTCOMES
     from sim.progress import number
 
@@ -110,6 +112,9 @@ def print_table(table: dict[str, Any]) -> None:
         holds = {True: "yes", False: "no", None: "-"}[row["holds"]]
         cells = [row["arm"], str(row["runs"]), ", ".join(counts), *map(number, figures)]
         drawn.add_row(*map(Text, [*cells, exits, holds]))
+    if any(row["learning_retained"] is None for row in table["arms"]):
+        drawn.caption = Text(UNKNOWN)
+        drawn.caption_justify = "left"
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = WIDTH

@@ -32,8 +32,9 @@ SCHEDULES: dict[str, Gate] = {
     "on_off": lambda s, length, period: float(s % period >= length),
 }
 """g by name, as a function of s >= 0, L and P."""
-_WITH_LENGTH = ("burst", "ramp", "drip", "pulsed", "on_off")
-_WITH_PERIOD = ("drip", "pulsed", "on_off")
+WITH_LENGTH = ("burst", "ramp", "drip", "pulsed", "on_off")
+WITH_PERIOD = ("drip", "pulsed", "on_off")
+"""Kinds that use L, and those that use P; all but ``constant`` use t0."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ class Schedule:
         if self.start < 0 or (self.kind == "constant" and self.start):
             allowed = "0 (use 'sleeper')" if self.kind == "constant" else ">= 0"
             raise UsageError(f"start={self.start} with {self.kind!r}; allowed: {allowed}")
-        if self.kind in _WITH_LENGTH and self.length < 1:
+        if self.kind in WITH_LENGTH and self.length < 1:
             raise UsageError(f"length={self.length} with {self.kind!r}; allowed: >= 1")
-        if self.kind in _WITH_PERIOD and self.period < self.length:
+        if self.kind in WITH_PERIOD and self.period < self.length:
             raise UsageError(
                 f"period={self.period} with {self.kind!r}; allowed: >= length={self.length}"
             )

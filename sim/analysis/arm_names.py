@@ -11,18 +11,22 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from envs.registry import brief
+from envs.attacks.schedules import WITH_LENGTH, WITH_PERIOD
+from envs.registry import brief, shortest
 
 SEEDS = ("seed", "world.seed", "world.model_seed")
 """Fields that make replicates of an arm, not another arm."""
 _NAMED = {"learner.name", "attack.name", "attack.rho", "defences", *SEEDS}
+_RECORD_ONLY = {"checkpoint_every", "samples_per_round", "evaluation.n_true"}
+"""Fields that change what is written of a run and nothing that happens in it."""
+_SPECS = {"attack.name", "defences", "feedback.behaviours"}
 
 
 def arm_names(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """One name per configuration; equal names are replicates.
 
     Learners are named where they differ. Settings are compared within a learner, since learners
-    have different ones, and an attack's only where it acts.
+    have different ones, and only where they act.
     """
     fields = [dict(leaves(config)) for config in configs]
     learners = [known.get("learner.name") for known in fields]
@@ -45,13 +49,15 @@ def arm_names(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def base_name(known: Mapping[str, Any]) -> str:
     """Attack and defences, from the flat fields of a configuration."""
-    rho = known.get("attack.rho", 0.0)
+    known = dict(acting(known))
+    rho = known.get("attack.rho")
     attack = f"{brief(str(known.get('attack.name')))} ρ={rho:g}" if rho else "clean"
     return " + ".join([attack, *map(brief, known.get("defences", []))])
 
 
 def replicate(known: Mapping[str, Any]) -> str:
     """Which replicate of its arm a run is, in words; runs of one replicate are paired."""
+    known = dict(acting(known))
     words = [f"seed {known.get('seed', 0)}"]
     if known.get("world.seed"):
         words.append(f"world {known['world.seed']}")
@@ -61,7 +67,7 @@ def replicate(known: Mapping[str, Any]) -> str:
 
 
 def identity(config: Mapping[str, Any], without: Collection[str] = ()) -> str:
-    """``config`` as text that is equal for equal runs: attacks that never act are left out.
+    """``config`` as text that is equal for equal runs: what cannot act is left out.
 
     Args:
         config: nested configuration, as recorded.
@@ -85,7 +91,34 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def acting(known: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Flat fields without those of an attack where rho is 0, since none acts."""
+    """Flat fields that make a difference to what happens, with specs in their shortest form.
+
+    Left out are an attack that nobody carries out, the times that its schedule does not use, the
+    embedded world of a run on real text and the reverse, and what is only recorded.
+    """
+    unused = _unused(known)
     for key, value in known.items():
-        if not key.startswith("attack.") or known.get("attack.rho"):
-            yield key, value
+        if key not in unused and key.partition(".")[0] not in unused:
+            yield key, _shortest(value) if key in _SPECS else value
+
+
+def _unused(known: Mapping[str, Any]) -> set[str]:
+    """Fields and whole sections of ``known`` that cannot act."""
+    unused = {*_RECORD_ONLY, "world" if known.get("text.model") else "text"}
+    if not known.get("attack.rho") or shortest(str(known.get("attack.name"))) == "none":
+        return {*unused, "attack"}
+    schedule = known.get("attack.schedule", "constant")
+    if schedule == "constant":
+        unused.add("attack.start")
+    if schedule not in WITH_LENGTH:
+        unused.add("attack.length")
+    if schedule not in WITH_PERIOD:
+        unused.add("attack.period")
+    return unused
+
+
+def _shortest(specs: Any) -> Any:
+    """A spec or several, as recorded: a string or a list of strings."""
+    if isinstance(specs, str):
+        return shortest(specs)
+    return [shortest(spec) for spec in specs]

@@ -16,8 +16,8 @@ from sim.analysis.survival import MIN_SEEDS, exit_table, kaplan_meier
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-DODGE = 0.012
-"""Vertical shift between arms, so that curves that coincide can all be seen."""
+DODGE, MOST_DODGE = 0.012, 0.03
+"""Vertical shift between arms, so that curves that coincide can all be seen, and its bound."""
 CLOCKS = {
     "rounds": "round",
     "labels": "labels consumed",
@@ -34,13 +34,15 @@ def plot_arms(runs: Iterable[Run], ax: Axes | None = None) -> Axes:
     Raises:
         ValueError: the runs have different limits.
     """
-    ax = style.axes(ax, 8.2, 4.6)
     arms = by_arm(runs)
+    names = style.short_names(arms)
+    listed = _listed(names)
+    ax = style.axes(ax, 8.2, 6.4 if listed else 4.6)
     limits = sorted({run.limit for members in arms.values() for run in members})
     if len(limits) > 1:
         raise UsageError(f"cost_limit: runs differ ({limits}); allowed: one limit in one picture")
     ends = []
-    for i, (arm, members) in enumerate(arms.items()):
+    for i, members in enumerate(arms.values()):
         colour, dash = style.line_style(i)
         traces = pd.concat(
             [run.evaluations.set_index("round")["safety/harm"].astype(float) for run in members],
@@ -52,82 +54,122 @@ def plot_arms(runs: Iterable[Run], ax: Axes | None = None) -> Axes:
             seed = traces.iloc[:, name].dropna()
             ax.plot(seed.index, seed, color=colour, lw=0.9, alpha=0.45)
         mean = traces.dropna().mean(axis=1)  # no further: seeds that end would move the mean
-        ax.plot(mean.index, mean, dash, color=colour, lw=2.4)
-        last = traces.iloc[-1].mean()
-        ends.append((float(traces.index[-1]), float(last), arm, colour))
+        ax.plot(mean.index, mean, ls=dash, color=colour, lw=2.4)
+        ends.append((float(traces.index[-1]), float(traces.iloc[-1].mean()), i))
     style.unsafe_region(ax, limits[0])
     ax.set(ylim=(-0.02, 1.02), xlabel="round", ylabel="harm on harmful prompts")
     ax.margins(x=0.01)
     style.whole_rounds(ax)
-    style.label_ends(ax, ends)
+    _name_lines(ax, list(names.values()), ends, "harm at the end" if listed else None)
     ax.set_title("Does the policy stay in the safe set?")
-    seeds = {arm: len(members) for arm, members in arms.items()}
-    style.caption(ax, f"Thick: mean while all seeds go on; thin: single seeds ({_counts(seeds)}).")
+    seeds = {names[arm]: len(members) for arm, members in arms.items()}
+    counts = _counts(seeds, listed)
+    style.caption(ax, f"Thick: mean while all seeds go on; thin: single seeds ({counts}).")
     return ax
+
+
+def _listed(names: dict[str, str]) -> bool:
+    """Whether arms are listed beside the picture: too many, or too long, for their lines' ends."""
+    return len(names) > style.MOST_LABELS or any("\n" in name for name in names.values())
+
+
+def _name_lines(
+    ax: Axes, names: list[str], ends: list[tuple[float, float, int]], heading: str | None
+) -> None:
+    """Name lines that end at (x, y, number of the arm): in a list where it has a heading."""
+    if heading is None:
+        named = [(x, y, names[i], style.line_style(i)[0]) for x, y, i in ends]
+        style.label_ends(ax, named)
+    else:
+        style.list_ends(ax, heading, [(y, names[i], *style.line_style(i)) for _, y, i in ends])
 
 
 @style.styled
 def plot_survival(runs: Iterable[Run], ax: Axes | None = None, clock: str = "rounds") -> Axes:
     """Kaplan-Meier curves of the confirmed exit by arm, censoring marked, numbers at risk below."""
-    ax = style.axes(ax, 8.2, 4.2)
     table = exit_table(runs, clock)
     horizon = max(1.0, table["time"].max())
     arms = list(dict.fromkeys(table["arm"]))
+    names = style.short_names(arms)
+    listed = _listed(names)
+    ax = style.axes(ax, 8.2, 4.2)
+    dodge = min(DODGE, MOST_DODGE / max(1, len(arms) - 1))
     ends = []
     for i, arm in enumerate(arms):
         colour, dash = style.line_style(i)
         part = table[table["arm"] == arm]
         curve = kaplan_meier(part["time"].to_numpy(), part["event"].to_numpy())
-        x, y = curve["time"].to_numpy(), curve["survival"].to_numpy() - DODGE * i
-        ax.step(x, y, dash, where="post", color=colour, lw=2.2)
+        shifted = curve["survival"] - dodge * i
+        ax.step(curve["time"], shifted, ls=dash, where="post", color=colour, lw=2.2)
         if len(part) >= MIN_SEEDS and part["event"].any():
             ax.fill_between(
                 curve["time"], curve["lower"], curve["upper"], step="post",
                 color=colour, alpha=0.13, lw=0,
             )  # fmt: skip
-        marks = curve[curve["censored"] > 0]
-        ax.plot(marks["time"], marks["survival"] - DODGE * i, "|", color=colour, ms=11, mew=2)
-        ends.append((horizon, float(y[-1]), arm, colour))
+        marks = curve["censored"] > 0
+        ax.plot(curve["time"][marks], shifted[marks], "|", color=colour, ms=11, mew=2)
+        end = curve["survival"] if listed else shifted  # labels stand beside what is drawn
+        ends.append((horizon, float(end.iloc[-1]), i))
     ax.set(ylim=(-0.03, 1.06), xlim=(0, horizon * 1.01), ylabel="share of seeds still inside")
-    style.label_ends(ax, ends)
+    heading = "share inside at the end" if listed else None
+    _name_lines(ax, list(names.values()), ends, heading)
     style.whole_rounds(ax)
     ax.set_xlabel(CLOCKS[clock])
-    _at_risk(ax, table, arms, horizon)
+    ax.annotate(
+        "runs at risk", (0, 0), xycoords="axes fraction", xytext=(0, -42), va="center",
+        textcoords="offset points", color=style.GREY, fontsize=8.5, annotation_clip=False,
+    )  # fmt: skip
+    order = [arms[i] for _, _, i in sorted(ends, key=lambda end: -end[1])] if listed else arms
+    step = 11 if listed else 14
+    for line, arm in enumerate(order, 1):
+        times = table.loc[table["arm"] == arm, "time"].to_numpy()
+        name = None if listed else names[arm]
+        _at_risk(ax, times, horizon, style.line_style(arms.index(arm)), name, 42 + step * line)
     ax.set_title("Time in the safe set until a confirmed exit")
-    seeds = {arm: int((table["arm"] == arm).sum()) for arm in arms}
+    seeds = {names[arm]: int((table["arm"] == arm).sum()) for arm in arms}
     few = min(seeds.values()) < MIN_SEEDS
+    counts = _counts(seeds, listed)
     band = f"bands need {MIN_SEEDS} seeds and are left out" if few else "bands: 95%, log-log"
     odd = (table["cause"].isin(["collapsed", "diverged"])).sum()
     broken = f" {odd} run(s) collapsed or diverged." if odd else ""
     style.caption(
         ax,
-        f"Kaplan-Meier, arms shifted by {DODGE:g} to be seen apart; a curve ends with its "
-        f"last run; tick: run ended inside (censored). {_counts(seeds)}; {band}.{broken}",
-        below=58 + 14 * len(arms),
+        f"Kaplan-Meier, arms shifted by up to {MOST_DODGE:g} to be seen apart; a curve ends with "
+        f"its last run; tick: run ended inside (censored). {counts}; {band}.{broken}",
+        below=58 + step * len(arms),
     )
     return ax
 
 
-def _at_risk(ax: Axes, table: pd.DataFrame, arms: list[str], horizon: float) -> None:
-    """Numbers at risk under the axis, one line per arm, at the axis' own ticks."""
+def _at_risk(
+    ax: Axes, times: np.ndarray, horizon: float, look: tuple[str, style.Dash],
+    name: str | None, below: float,
+) -> None:  # fmt: skip
+    """One arm's numbers at risk, ``below`` points under the axis, at the axis' own ticks.
 
-    def write(x: float, line: int, text: str, colour: str, **options: Any) -> None:
-        ax.annotate(
-            text, (x, 0), xycoords=ax.get_xaxis_transform(), xytext=(0, -42 - 14 * line),
-            textcoords="offset points", color=colour, fontsize=8.5, va="center",
-            annotation_clip=False, **options,
-        )  # fmt: skip
+    The name stands on the right; where arms are listed elsewhere, the line is shown on the left.
+    """
+    colour, dash = look
+    options: dict[str, Any] = {"fontsize": 8.5, "va": "center", "annotation_clip": False}
+    options |= {"xycoords": ax.get_xaxis_transform(), "textcoords": "offset points"}
 
-    write(0, 0, "runs at risk", style.GREY, ha="left")
-    for i, arm in enumerate(arms):
-        colour, _ = style.line_style(i)
-        times = table.loc[table["arm"] == arm, "time"].to_numpy()
-        for tick in (t for t in ax.get_xticks() if 0 <= t <= horizon):
-            write(tick, i + 1, str(int(np.sum(times >= tick))), colour, ha="center")
-        write(1.045 * horizon, i + 1, arm, colour, ha="left")
+    def write(x: float, text: str, **more: Any) -> None:
+        ax.annotate(text, (x, 0), xytext=(0, -below), color=colour, **options, **more)
+
+    for tick in (t for t in ax.get_xticks() if 0 <= t <= horizon):
+        write(tick, str(int(np.sum(times >= tick))), ha="center")
+    if name is not None:
+        write(1.045 * horizon, name, ha="left")
+        return
+    y = -below / (72 * ax.get_position().height * style.figure_of(ax).get_figheight())
+    place = {"transform": ax.transAxes, "clip_on": False}
+    ax.plot([-0.09, -0.03], [y, y], ls=dash, color=colour, lw=2, **place)
 
 
-def _counts(seeds: dict[str, int]) -> str:
-    if len(set(seeds.values())) == 1:
-        return f"n = {next(iter(seeds.values()))} per arm"
+def _counts(seeds: dict[str, int], many: bool) -> str:
+    fewest, most = min(seeds.values()), max(seeds.values())
+    if fewest == most:
+        return f"n = {most} per arm"
+    if many:
+        return f"n = {fewest} to {most} per arm"
     return ", ".join(f"{arm}: n = {n}" for arm, n in seeds.items())

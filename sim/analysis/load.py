@@ -7,9 +7,10 @@ written (it is dropped) and its ``summary.json`` may be missing (then ``summary`
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ class Run:
     """``summary.json``, empty while the run has not ended."""
     rounds: pd.DataFrame
     """One row per round, ``round`` ascending; missing values are NaN."""
+    arm: str = ""
+    """What its arm is called among the runs that it is shown with; see :func:`named`."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -60,8 +63,9 @@ class Run:
 
     @property
     def title(self) -> str:
-        """The run in words: learner, attack, defences, replicate."""
-        return f"{self.learner}, {base_name(dict(leaves(self.config)))}, {self.replicate}"
+        """The run in words: learner, arm, replicate."""
+        arm, learner = self.arm or base_name(dict(leaves(self.config))), f"{self.learner}: "
+        return f"{learner}{arm.removeprefix(learner)}, {self.replicate}"
 
     @property
     def limit(self) -> float:
@@ -70,12 +74,16 @@ class Run:
         return float(limits.get("harm", self.config.get("evaluation", {}).get("cost_limit", 0.25)))
 
     @property
+    def constraints(self) -> int:
+        """How many constraints share alpha, that on harm included."""
+        limits = self.config.get("evaluation", {}).get("limits", {})
+        return len(self.summary.get("limits") or {"harm": 0, **limits})
+
+    @property
     def level(self) -> float:
         """Share of alpha that belongs to the harm constraint."""
-        evaluation = self.config.get("evaluation", {})
-        alpha = float(self.summary.get("alpha", evaluation.get("alpha", 0.05)))
-        constraints = self.summary.get("limits") or {"harm": 0, **evaluation.get("limits", {})}
-        return alpha / len(constraints)
+        alpha = self.summary.get("alpha", self.config.get("evaluation", {}).get("alpha", 0.05))
+        return float(alpha) / self.constraints
 
     @property
     def evaluations(self) -> pd.DataFrame:
@@ -122,10 +130,11 @@ def load_run(path: Path | str) -> Run:
 
 
 def load_runs(paths: Iterable[Path | str]) -> list[Run]:
-    """Read several; a directory that holds run directories stands for all of them, sorted by name.
+    """Read several; a folder stands for all run directories in it, at any depth, sorted by name.
 
-    What is left out is said on stderr: a run that was read already under another path (the one
-    that got further is kept), and in a folder one that has no round yet.
+    Their arms are named, by what differs between all of them. What is left out is said on stderr: a
+    run that was read already under another path (the one that got further is kept), and in a folder
+    one that has no round yet.
 
     Raises:
         ValueError: no run among the paths, or one that cannot be read.
@@ -138,11 +147,24 @@ def load_runs(paths: Iterable[Path | str]) -> list[Run]:
             runs += _load_folder(path)
     if not runs:
         raise UsageError(f"runs={[str(p) for p in paths]}: no run found; allowed: run directories")
-    return _distinct(runs)
+    return named(_distinct(runs))
+
+
+def named(runs: Iterable[Run]) -> list[Run]:
+    """The same runs with their arms named anew, by what differs between these runs.
+
+    Every table and picture of a report uses the names given here, whichever runs it shows.
+    """
+    runs = list(runs)
+    names = arm_names([run.config for run in runs])
+    return [replace(run, arm=name) for run, name in zip(runs, names, strict=True)]
 
 
 def _load_folder(folder: Path) -> list[Run]:
-    found = [manifest.parent for manifest in sorted(folder.glob("*/manifest.json"))]
+    found = []
+    for path, inside, files in os.walk(folder):
+        inside[:] = [] if "manifest.json" in files else sorted(inside)  # nothing is inside a run
+        found += [Path(path)] if "manifest.json" in files else []
     begun = [path for path in found if _has_a_round(path / "rounds.jsonl")]
     _say_left_out([path for path in found if path not in begun], "no round yet")
     return [load_run(path) for path in begun]
@@ -174,11 +196,12 @@ def _say_left_out(paths: list[Path], reason: str) -> None:
 
 
 def by_arm(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """Runs grouped by arm: clean, undefended, defended; see :func:`arm_names`."""
-    runs = sorted(runs, key=lambda run: (bool(run.config.get("defences")), run.rho))
+    """Runs grouped by arm: clean, undefended, defended; :func:`named` where one has no name."""
+    runs = list(runs)
+    runs = runs if all(run.arm for run in runs) else named(runs)
     arms: dict[str, list[Run]] = {}
-    for name, run in zip(arm_names([run.config for run in runs]), runs, strict=True):
-        arms.setdefault(name, []).append(run)
+    for run in sorted(runs, key=lambda run: (bool(run.config.get("defences")), run.rho)):
+        arms.setdefault(run.arm, []).append(run)
     return arms
 
 

@@ -54,7 +54,7 @@ def plot_cost_trace(run: Run, ax: Axes | None = None) -> Axes:
     for kind, (marker, size, colour, words) in MARKS.items():
         when = run.exit_round(kind)
         if when is not None:
-            y = np.interp(when, x, harm)
+            y = run.limit if kind == "true" else np.interp(when, x, harm)
             ax.plot(
                 when, y, marker, ms=size, mfc="white", mec=colour, mew=2, zorder=5, ls="",
                 label=f"{words}: round {when}",
@@ -66,7 +66,7 @@ def plot_cost_trace(run: Run, ax: Axes | None = None) -> Axes:
             loc="lower left", bbox_to_anchor=(-0.01, 0.99), ncols=2, fontsize=8.8, markerscale=0.75
         )
     outcome = run.summary.get("outcome", "unfinished")
-    ax.set_title(f"{run.title}: {outcome}", pad=10 + 16 * -(-marked // 2))
+    style.title(ax, f"{run.title}: {outcome}", pad=10 + 16 * -(-marked // 2))
     lower = _e_value_strip(run, ax, rounds)
     n = run.column("safety/n")[rounds.index].dropna()
     drawn = f"{n.iloc[-1]:.0f} fresh harmful prompts" if len(n) else "fresh harmful prompts"
@@ -93,8 +93,9 @@ def _e_value_strip(run: Run, ax: Axes, rounds: pd.DataFrame) -> Axes:
             xytext=(4, 0), textcoords="offset points", color=style.INK, va="top", fontsize=9,
         )  # fmt: skip
     lower.axhline(needed, color=style.VERMILION, lw=1.2, ls=":")
+    level = "α" if run.constraints == 1 else f"(α/{run.constraints})"
     lower.annotate(
-        f"1/α = {1 / run.level:g}", (1, needed), xycoords=("axes fraction", "data"),
+        f"1/{level} = {1 / run.level:g}", (1, needed), xycoords=("axes fraction", "data"),
         xytext=(4, 0), textcoords="offset points", color=style.VERMILION, va="center", fontsize=9,
     )  # fmt: skip
     powers = [0, 2] if top < 5 else [0, 2, 4]
@@ -127,24 +128,29 @@ def plot_reward_vs_harm(run: Run, ax: Axes | None = None) -> Axes:
     bar.outline.set_visible(False)
     label = "reward model's mean reward" if rewarded else "utility on evaluation prompts"
     ax.set(ylim=(-0.02, 1.02), xlabel=label, ylabel="harm on harmful prompts")
-    ax.set_title(f"Reward against harm: {run.title}")
+    style.title(ax, f"Reward against harm: {run.title}")
     style.caption(ax, f"One run, {len(known)} evaluations, in order along the grey line.")
     return ax
 
 
 @style.styled
 def plot_rho(run: Run, ax: Axes | None = None, window: int = 5) -> Axes:
-    """Five meanings of ρ over time: running means over ``window`` rounds, single rounds pale."""
+    """Five meanings of ρ over time: running means over ``window`` rounds, single rounds pale.
+
+    Means are weighted by labels, and a round without labels is a gap: nothing was voted on.
+    """
     ax = style.axes(ax)
     trained = run.rounds[run.rounds["round"] > 0]
     x = trained["round"].to_numpy(float)
+    labels = run.column("labels")[trained.index].fillna(0)
     ends = []
     for i, (name, words) in enumerate(RHO.items()):
-        values = run.column(name)[trained.index]
+        values = run.column(name)[trained.index].where(labels > 0)
         if values.isna().all():
             continue
         colour, _ = style.line_style(i)
-        smooth = values.rolling(window, min_periods=1).mean().to_numpy()
+        voted = labels.where(values.notna()).rolling(window, min_periods=1).sum()
+        smooth = ((values * labels).rolling(window, min_periods=1).sum() / voted).to_numpy()
         ax.plot(x, values, color=colour, lw=0.8, alpha=0.3)
         # Without a defence that edits labels the last two coincide: dashes let both be seen.
         dash = "--" if name == "feedback/rho_post" else "-"
@@ -159,11 +165,12 @@ def plot_rho(run: Run, ax: Axes | None = None, window: int = 5) -> Axes:
     style.whole_rounds(ax)
     if ends:
         style.label_ends(ax, ends)
-    ax.set_title(f"Five meanings of ρ: {run.title}")
+    style.title(ax, f"Five meanings of ρ: {run.title}")
     style.caption(
         ax,
-        f"One run. Thick: mean of the last {window} rounds; thin: single rounds. A flip is a vote "
-        "that differs from the one an honest person would have cast on the same pair.",
+        f"One run. Thick: mean of the last {window} rounds, weighted by labels; thin: single "
+        "rounds, a gap where nobody voted. A flip is a vote that differs from the one an honest "
+        "person would have cast on the same pair.",
     )
     return ax
 

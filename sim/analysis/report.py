@@ -18,6 +18,7 @@ from sim.analysis import pages, style
 from sim.analysis.arms import plot_arms, plot_survival
 from sim.analysis.load import Run, by_arm, load_runs
 from sim.analysis.plots import plot_cost_trace, plot_reward_vs_harm, plot_rho
+from sim.analysis.retained import UNKNOWN
 from sim.analysis.tables import arm_table, run_table
 
 MEANING = {
@@ -93,6 +94,8 @@ def _several(runs: list[Run], out: Path) -> tuple[list[str], list[Path]]:
                 '<p class="quiet">No restricted mean where every run of an arm ended early, '
                 "without an exit: nobody knows how long the policy would have stayed inside.</p>"
             )
+        if arms["learning retained"].isna().any():
+            sections.append(f'<p class="quiet">{UNKNOWN}</p>')
     sections += [pages.image(path, path.stem) for path in figures]
     sections += ["<h2>Every run</h2>", pages.table(run_table(runs))]
     sections.append("<h2>One run of each arm</h2>")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -21,7 +21,12 @@ BLUE, VERMILION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#b4619a"
 SKY, AMBER, BLACK = "#56b4e9", "#c78500", "#222222"
 CYCLE = (BLUE, VERMILION, GREEN, PURPLE, AMBER, SKY, BLACK)
 DASHES = ("-", "--", "-.", ":")
-"""Line styles that tell arms apart once the colours are used up."""
+"""Line styles that tell arms apart once the colours are used up; more dots come after these."""
+WRAP = 36
+"""Characters on one line of an arm's name."""
+MOST_LABELS = 8
+"""Most lines that are named at their ends; the names of more would lie on each other."""
+Dash = str | tuple[int, tuple[float, ...]]
 RC: Any = {
     "figure.dpi": 100,
     "savefig.dpi": 150,
@@ -83,9 +88,30 @@ def whole_rounds(ax: Axes) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
-def line_style(index: int) -> tuple[str, str]:
-    """Colour and dash of the ``index``-th arm."""
-    return CYCLE[index % len(CYCLE)], DASHES[index // len(CYCLE) % len(DASHES)]
+def line_style(index: int) -> tuple[str, Dash]:
+    """Colour and dash of the ``index``-th arm; no two arms have both in common."""
+    turn, hue = divmod(index, len(CYCLE))
+    if turn < len(DASHES):
+        return CYCLE[hue], DASHES[turn]
+    return CYCLE[hue], (0, (6.0, 1.5, *(1.0, 1.5) * (turn - 2)))
+
+
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """What pictures call arms: wrapped; where one is long, without the words that all share."""
+    names = list(names)
+    parted = {name: name.split() for name in names}
+    if len(names) > 1 and max(map(len, names)) > WRAP:
+        shared = set.intersection(*map(set, parted.values())) - {"+"}
+        parted = {k: [w for w in words if w not in shared] or words for k, words in parted.items()}
+    return {
+        name: textwrap.fill(" ".join(words).removeprefix("+ "), WRAP)
+        for name, words in parted.items()
+    }
+
+
+def title(ax: Axes, text: str, pad: float | None = None) -> None:
+    """Bold heading, wrapped so that a long name does not widen the picture."""
+    ax.set_title(textwrap.fill(text, 2 * WRAP), pad=pad)
 
 
 def caption(ax: Axes, text: str, below: float = 38.0) -> None:
@@ -106,6 +132,26 @@ def unsafe_region(ax: Axes, limit: float) -> None:
     ax.annotate(
         f"outside the safe set: mean harm above b = {limit:g}", (0.012, 0.985),
         xycoords="axes fraction", va="top", color=VERMILION, fontsize=9,
+    )  # fmt: skip
+
+
+def list_ends(ax: Axes, heading: str, ends: list[tuple[float, str, str, Dash]]) -> None:
+    """List lines beside ``ax``, highest end first, where labels at their ends would collide.
+
+    Args:
+        ax: axes with the lines.
+        heading: what the values are.
+        ends: one entry (end value, name, colour, dash) per line.
+    """
+    from matplotlib.lines import Line2D
+
+    ordered = sorted(ends, key=lambda end: -end[0])
+    ax.legend(
+        [Line2D([], [], color=colour, ls=dash, lw=2) for _, _, colour, dash in ordered],
+        [f"{value:.2f}  " + name.replace("\n", "\n          ") for value, name, *_ in ordered],
+        title=heading, alignment="left", loc="upper left", bbox_to_anchor=(1.01, 1.02),
+        borderaxespad=0, fontsize=8.5, title_fontsize=8.5, labelcolor="linecolor",
+        handlelength=4, labelspacing=0.3,
     )  # fmt: skip
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from sim.analysis.arm_names import SEEDS, identity
 from sim.analysis.load import Run, by_arm
 from sim.analysis.retained import clean_gains, holds, learning_retained
-from sim.analysis.survival import MIN_SEEDS, exit_table, rmst
+from sim.analysis.survival import MIN_SEEDS, exit_table, log_rank, rmst, rmst_difference
 
 OUTCOMES = ("safe", "exited", "collapsed", "diverged")
 CLOCKS = ("round", "label", "optimizer_step")
+AGAINST, P_VALUE = "rounds inside vs undefended [95 %]", "log-rank p"
+"""Columns of what a defence changed; left out of a table in which no arm has seeds enough."""
 
 
 def run_table(runs: Iterable[Run]) -> pd.DataFrame:
@@ -69,7 +73,8 @@ def arm_table(runs: Iterable[Run]) -> pd.DataFrame:
 
     The horizon of the restricted mean is the least number of rounds that was asked for. The mean
     is missing where every run of an arm ended earlier, unless all had left the safe set; its error
-    needs ``MIN_SEEDS`` runs.
+    needs ``MIN_SEEDS`` runs. A defended arm is compared with the undefended arm that it otherwise
+    equals, paired by seed, where both have ``MIN_SEEDS`` runs.
 
     Args:
         runs: finished runs.
@@ -77,6 +82,7 @@ def arm_table(runs: Iterable[Run]) -> pd.DataFrame:
     runs = list(runs)
     exits = exit_table(runs)
     horizon = min(run.asked for run in runs)
+    undefended = _undefended(runs)
     rows: list[dict[str, Any]] = []
     for row in arm_rows(runs):
         part = exits[exits["arm"] == row["arm"]]
@@ -88,13 +94,35 @@ def arm_table(runs: Iterable[Run]) -> pd.DataFrame:
                 **{name: row[name] for name in OUTCOMES},
                 f"rounds inside, of {horizon}": inside and inside.value,
                 "standard error": inside.error if inside and inside.n >= MIN_SEEDS else None,
+                **_against(exits, row["arm"], undefended.get(row["arm"]), horizon),
                 "harm at end": row["harm_end"],
                 "help gain": row["help_gain"],
                 "learning retained": row["learning_retained"],
                 "holds": {True: "yes", False: "no", None: None}[row["holds"]],
             }
         )
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    return table.drop(columns=[name for name in (AGAINST, P_VALUE) if table[name].isna().all()])
+
+
+def _undefended(runs: list[Run]) -> dict[str, str]:
+    """The undefended arm of every defended one, by name, where there is one."""
+    arms = {arm: members[0].config for arm, members in by_arm(runs).items()}
+    known = {identity(c, SEEDS): arm for arm, c in arms.items() if not c.get("defences")}
+    bare = {a: identity({**c, "defences": []}, SEEDS) for a, c in arms.items() if c.get("defences")}
+    return {arm: known[text] for arm, text in bare.items() if text in known}
+
+
+def _against(exits: pd.DataFrame, arm: str, other: str | None, horizon: int) -> dict[str, Any]:
+    """Rounds that ``arm`` is inside beyond ``other`` with its interval, and the log-rank test."""
+    seeds = [set(exits.loc[exits["arm"] == name, "replicate"]) for name in (arm, other)]
+    if len(seeds[0] & seeds[1]) < MIN_SEEDS:
+        return {AGAINST: None, P_VALUE: None}
+    more = rmst_difference(exits, arm, str(other), horizon, np.random.default_rng(0))
+    words = None
+    if more and more.low is not None:
+        words = f"{more.value:+.1f} [{more.low:+.1f}, {more.high:+.1f}]"
+    return {AGAINST: words, P_VALUE: log_rank(exits, arm, str(other))}
 
 
 def _bracket(run: Run) -> str | None:

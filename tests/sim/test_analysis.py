@@ -22,8 +22,9 @@ from sim.analysis.arms import plot_arms, plot_survival
 from sim.analysis.load import by_arm, load_run, load_runs
 from sim.analysis.plots import RHO, plot_cost_trace, plot_reward_vs_harm, plot_rho
 from sim.analysis.report import write_report
+from sim.analysis.style import line_style, short_names
 from sim.analysis.survival import exit_table, kaplan_meier, log_rank, rmst, rmst_difference
-from sim.analysis.tables import arm_table, run_table
+from sim.analysis.tables import AGAINST, arm_table, run_table
 
 
 def write_run(
@@ -35,6 +36,7 @@ def write_run(
     learner: str = "grpo",
     rounds: int = 20,
     hostile: str = "",
+    lr: float = 0.1,
 ) -> Path:
     """A small run directory; harm rises through .35 at round ``crossing`` (inf: never)."""
     rng = np.random.default_rng(seed)
@@ -43,10 +45,10 @@ def write_run(
     config = {
         "seed": seed,
         "rounds": rounds,
-        "learner": {"name": learner},
+        "learner": {"name": learner, "lr": lr},
         "attack": {"name": "harmful_asker", "rho": rho},
         "defences": list(defences),
-        "evaluation": {"cost_limit": 0.25, "alpha": 0.05, "limits": {}},
+        "evaluation": {"cost_limit": 0.25, "alpha": 0.05, "limits": {}, "n_help": 128},
     }
     (path / "manifest.json").write_text(json.dumps({"config": config}))
     lines = []
@@ -150,8 +152,9 @@ def test_arms_in_reading_order(arms):
 
 
 def config(learner="grpo", rho=0.25, **more):
-    settings = {"attack": {"name": "label_noise", "rho": rho, "start": 0}, "defences": []}
-    return {"seed": 0, "learner": {"name": learner, "lr": 0.1}, **settings, **more}
+    attack = {"name": "label_noise", "rho": rho, "schedule": "constant", "start": 0}
+    known = {"seed": 0, "learner": {"name": learner, "lr": 0.1}, "attack": attack, "defences": []}
+    return known | more
 
 
 def test_arms_are_named_by_what_differs_and_by_nothing_else():
@@ -159,15 +162,69 @@ def test_arms_are_named_by_what_differs_and_by_nothing_else():
     assert set(arm_names(seeds)) == {"label_noise ρ=0.25"}
     assert replicate({"seed": 1, "world.seed": 3}) == "seed 1, world 3"
     later = config()
-    later["attack"] = {**later["attack"], "start": 5}
-    assert arm_names([config(), later, config(rho=0.0, defences=["freeze"])]) == [
-        "label_noise ρ=0.25 attack.start=0",
-        "label_noise ρ=0.25 attack.start=5",
+    later["attack"] = {**later["attack"], "schedule": "sleeper", "start": 5}
+    latest = config(attack=later["attack"] | {"start": 9})
+    clean = config(rho=0.0, defences=["freeze()"])
+    assert arm_names([config(), later, latest, clean]) == [
+        "label_noise ρ=0.25 attack.schedule=constant",
+        "label_noise ρ=0.25 attack.schedule=sleeper attack.start=5",
+        "label_noise ρ=0.25 attack.schedule=sleeper attack.start=9",
         "clean + freeze",
     ]
     slow = config("dpo")
     slow["learner"] = {"name": "dpo", "lr": 0.2}  # learners have settings of their own
     assert arm_names([config(), slow]) == ["grpo: label_noise ρ=0.25", "dpo: label_noise ρ=0.25"]
+
+
+def attacked(**schedule):
+    return config(attack={"name": "harm_targeted", "rho": 0.2, **schedule})
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "equal"),
+    [
+        (config(checkpoint_every=1), config(checkpoint_every=5), True),
+        (config(samples_per_round=8), config(samples_per_round=0), True),
+        (config(evaluation={"n_true": 0}), config(evaluation={"n_true": 9}), True),
+        (config(evaluation={"n_harm": 64}), config(evaluation={"n_harm": 9}), False),
+        (attacked(schedule="constant", length=3), attacked(schedule="constant", length=4), True),
+        (attacked(schedule="burst", length=3), attacked(schedule="burst", length=4), False),
+        (attacked(schedule="burst", period=3), attacked(schedule="burst", period=4), True),
+        (attacked(schedule="pulsed", period=3), attacked(schedule="pulsed", period=4), False),
+        (attacked(schedule="sleeper", start=3), attacked(schedule="sleeper", start=4), False),
+        (attacked(name="none"), config(rho=0.0), True),
+        (attacked(name="my.py:Mine()"), attacked(name="my.py:Mine"), True),
+        (attacked(name="a/my.py:Mine"), attacked(name="b/my.py:Mine"), False),
+        (config(defences=["freeze()"]), config(defences=["freeze"]), True),
+        (config(text={"model": None, "split_seed": 0}), config(text={"split_seed": 1}), True),
+        (config(text={"model": "m"}, world={"seed": 0}), config(text={"model": "m"}), True),
+        (config(world={"seed": 0}), config(world={"seed": 1}), False),
+    ],
+)
+def test_what_cannot_act_makes_no_other_run(first, second, equal):
+    assert (identity(first) == identity(second)) == equal
+    assert len(set(arm_names([first, second]))) == 1 or not equal
+
+
+def test_runs_are_found_at_any_depth(tmp_path):
+    write_run(tmp_path / "a", rounds=3)
+    inner = write_run(tmp_path / "sweep" / "of" / "b", rounds=3, seed=1)
+    (inner / "checkpoints").mkdir()
+    (inner / "checkpoints" / "manifest.json").write_text("{}")  # a run holds no runs
+    assert [run.path for run in load_runs([tmp_path])] == [tmp_path / "a", inner]
+
+
+def test_a_report_calls_a_run_by_one_name(tmp_path):
+    """What differs is found over all runs, those that have not ended included."""
+    paths = [write_run(tmp_path / str(n), rounds=4, lr=0.1 * (n + 1)) for n in range(2)]
+    (paths[1] / "summary.json").unlink()
+    runs = load_runs([tmp_path])
+    name = "harmful_asker ρ=0.25 learner.lr=0.1"
+    assert list(by_arm(runs[:1])) == [name] and name in runs[0].title
+    assert arm_table(runs[:1])["arm"].tolist() == [name]
+    assert run_table(runs)["arm"].tolist()[0] == name
+    page = write_report([tmp_path], tmp_path / "report")[0].read_text()
+    assert "<td>harmful_asker ρ=0.25</td>" not in page
 
 
 def test_samples_come_back_in_order(arms):
@@ -283,6 +340,18 @@ def test_cost_trace_shows_what_the_summary_says(arms):
     assert "exit: round" not in drawn_text(plot_cost_trace(load_run(arms / "clean-0")))
 
 
+def test_cost_trace_marks_what_is_used(arms, tmp_path):
+    shutil.copytree(arms / "attacked-0", tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary["limits"] = {"harm": 0.25, "over_refusal": 0.5}
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    ax = plot_cost_trace(load_run(tmp_path / "run"))
+    assert "1/(α/2) = 40" in drawn_text(ax)
+    (crossing,) = [line for line in ax.lines if line.get_label().startswith("true crossing")]
+    assert crossing.get_ydata() == [0.25]
+    assert "1/α = 20" in drawn_text(plot_cost_trace(load_run(arms / "attacked-0")))
+
+
 def test_reward_is_replaced_by_utility_where_there_is_none(arms, tmp_path):
     assert "reward model" in plot_reward_vs_harm(load_run(arms / "clean-0")).get_xlabel()
     dpo = load_run(write_run(tmp_path / "dpo", learner="dpo", rounds=5))
@@ -296,6 +365,51 @@ def test_rho_draws_all_five(arms):
     assert "25% of people" in words
     assert all(meaning in words for meaning in RHO.values())
     assert plot_rho(load_run(arms / "clean-0")).get_ylim()[0] == 0
+
+
+def test_rho_weighs_by_labels_and_leaves_gaps(tmp_path):
+    path = write_run(tmp_path / "run", rounds=3)
+    rows = [json.loads(line) for line in (path / "rounds.jsonl").read_text().splitlines()]
+    for row, labels, flips in zip(rows[1:], (30, 0, 10), (0.2, 0.0, 0.6), strict=True):
+        row |= {"labels": labels, "feedback/rho_flips": flips}
+    (path / "rounds.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lines = plot_rho(load_run(path)).lines
+    thin, thick = lines[2 * list(RHO).index("feedback/rho_flips") :][:2]
+    np.testing.assert_allclose(thin.get_ydata(), [0.2, np.nan, 0.6])
+    np.testing.assert_allclose(thick.get_ydata(), [0.2, 0.2, 0.3])
+
+
+def test_every_arm_has_a_look_of_its_own():
+    assert len({line_style(i) for i in range(100)}) == 100
+
+
+def test_names_in_pictures_are_short():
+    settings = " ".join(f"feedback.setting_{i}={i}" for i in range(8))
+    short = short_names([f"clean {settings} lr={lr}" for lr in (0.1, 0.2)])
+    assert list(short.values()) == ["lr=0.1", "lr=0.2"]
+    assert short_names(["clean", "clean + freeze"])["clean + freeze"] == "clean + freeze"
+    (alone,) = short_names([settings]).values()
+    assert max(map(len, alone.split("\n"))) <= 36
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """Nine arms that all stay inside."""
+    root = tmp_path_factory.mktemp("many")
+    for n in range(9):
+        write_run(root / str(n), 0.05 * n, 0, np.inf, rounds=4)
+    return load_runs([root])
+
+
+@pytest.mark.parametrize("plot", [plot_arms, plot_survival])
+def test_many_arms_are_listed_with_their_values(many, plot):
+    ax = plot(many)
+    entries = [text.get_text() for text in ax.get_legend().get_texts()]
+    values = [float(entry.split()[0]) for entry in entries]
+    assert len(entries) == 9 and values == sorted(values, reverse=True)
+    if plot is plot_survival:
+        curves = [line for line in ax.lines if line.get_drawstyle() == "steps-post"]
+        assert values == [1.0] * 9 and min(min(c.get_ydata()) for c in curves) >= 0.97 - 1e-9
 
 
 def test_survival_picture_says_n_and_draws_no_band_for_few_seeds(arms, tmp_path):
@@ -326,6 +440,35 @@ def test_tables(arms):
     assert table["standard error"].isna().all()
     assert (table["learning retained"] == 1).all()  # of the clean runs' gain, which all have
     assert table["holds"].tolist() == ["yes", "no", "yes"]
+
+
+def test_nothing_is_said_of_learning_on_some_twins_or_little_gain(arms, tmp_path):
+    shutil.copytree(arms, tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs" / "clean-1")
+    table = arm_table(load_runs([tmp_path / "runs"]))
+    assert table["learning retained"].isna().tolist() == [False, True, True]
+    assert table["holds"].fillna("-").tolist() == ["yes", "no", "-"]
+    page = write_report([tmp_path / "runs"], tmp_path / "report")[0].read_text()
+    assert "no clean, undefended twin" in page
+    file = tmp_path / "runs" / "clean-0" / "summary.json"
+    # Two errors of a difference of means over 128 values in [0, 1]: 2 sqrt(2) .5 / sqrt(128).
+    for gain, known in ((0.124, False), (0.126, True)):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"help_gain": gain}))
+        assert arm_table(load_runs([file.parent]))["holds"].notna().tolist() == [known]
+
+
+def test_a_defended_arm_is_compared_with_its_undefended_one(arms, tmp_path):
+    assert AGAINST not in arm_table(load_runs([arms]))  # two seeds are too few
+    for seed in range(4):
+        write_run(tmp_path / f"attacked-{seed}", 0.25, seed, 6.0)
+        write_run(tmp_path / f"defended-{seed}", 0.25, seed, np.inf, ("refusal_loss",))
+        write_run(tmp_path / f"alone-{seed}", 0.5, seed, np.inf, ("refusal_loss",))
+    runs = load_runs([tmp_path])
+    table = arm_table(runs)
+    left = [run.exit_round("confirmed") for run in by_arm(runs)["harmful_asker ρ=0.25"]]
+    assert table[AGAINST].isna().tolist() == [True, False, True]
+    assert table[AGAINST][1].startswith(f"{20 - np.mean(left):+.1f} [+")
+    assert table["log-rank p"][1] < 0.05
 
 
 def diverge(path: Path, at: int) -> Path:

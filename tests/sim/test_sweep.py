@@ -100,7 +100,10 @@ def test_a_directory_is_named_by_its_own_config_alone() -> None:
     config = preset("smoke")
     names = {directory(config), directory(replace(config, rounds=99))}  # extended in its place
     assert len(names) == 1 and names.pop().startswith("grpo-clean-")
-    assert directory(replace(config, samples_per_round=9)) != directory(config)
+    assert directory(replace(config, samples_per_round=9)) == directory(config)  # only recorded
+    assert directory(replace(config, threads=2)) != directory(config)
+    frozen = [replace(config, defences=(spec,)) for spec in ("freeze", "freeze()")]
+    assert directory(frozen[0]) == directory(frozen[1])
     spec = "some/where/my.py:Mine(" + ", ".join(f"setting_{i}={i}" for i in range(40)) + ")"
     long = directory(replace(config, seed=3, defences=(spec,)))
     assert len(long) < LONGEST + 40 and "/" not in long and long.endswith("-world0-seed3")
@@ -183,11 +186,13 @@ def test_table_by_hand(tmp_path: Path) -> None:
         assert [row["arm"] for row in csv.DictReader(file)] == list(by_arm)
 
 
-def test_without_a_clean_arm_nothing_is_said_of_learning(tmp_path: Path) -> None:
+def test_without_a_clean_arm_nothing_is_said_of_learning(tmp_path: Path, capsys: Any) -> None:
     cells = plan(configs("smoke --rho .4"), tmp_path)
     finish(cells[0], help_gain=0.3)
     (row,) = tabulate(tmp_path, cells, {})["arms"]
     assert row["learning_retained"] is None and row["holds"] is None
+    print_table({"arms": [row]})
+    assert "clean, undefended twin" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_table_covers_what_the_folder_held_before(tmp_path: Path) -> None:
