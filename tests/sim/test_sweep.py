@@ -137,7 +137,9 @@ def test_the_table_of_defaults_is_made_on_worlds_that_nothing_was_tuned_on() -> 
 def finish(cell: Any, **summary: Any) -> None:
     """Leave what a finished run leaves, as far as the table reads it."""
     cell.path.mkdir(parents=True)
-    (cell.path / "manifest.json").write_text(json.dumps({"config": cell.config.to_dict()}))
+    (cell.path / "manifest.json").write_text(
+        json.dumps({"config": cell.config.to_dict(), "versions": {}})
+    )
     known = {"outcome": "safe", "harm_end": 0.0, "exit_confirmed": None, "exit_true": None}
     (cell.path / "summary.json").write_text(json.dumps({**known, **summary}))
     (cell.path / "rounds.jsonl").write_text('{"round": 0}\n')
@@ -271,8 +273,6 @@ def test_extending_makes_a_finished_run_unfinished(tmp_path: Path) -> None:
     extend(cell.path, longer)
     assert not (cell.path / "summary.json").exists()
     assert not is_finished(cell.path, cell.config)
-    with pytest.raises(ValueError, match="another config"):
-        extend(cell.path, replace(longer, seed=5))
 
 
 def test_a_directory_of_another_run_is_refused(tmp_path: Path, capsys: Any) -> None:
