@@ -150,9 +150,8 @@ def code(text: str) -> str:
     """What of a Python file can change what it does: all but comments, layout and docstrings."""
     tree = ast.parse(text)
     for node in ast.walk(tree):
-        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-        if documented and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            node.body = node.body[1:] if ast.get_docstring(node) is not None else node.body
     return ast.dump(tree)
 
 

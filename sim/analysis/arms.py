@@ -162,7 +162,7 @@ def _at_risk(
         write(1.045 * horizon, name, ha="left")
         return
     y = -below / (72 * ax.get_position().height * style.figure_of(ax).get_figheight())
-    place = {"transform": ax.transAxes, "clip_on": False}
+    place: dict[str, Any] = {"transform": ax.transAxes, "clip_on": False}
     ax.plot([-0.09, -0.03], [y, y], ls=dash, color=colour, lw=2, **place)
 
 
