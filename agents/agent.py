@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.batches import LabelBatch, PairBatch, RolloutBatch, Sequences, SFTBatch
+from agents.batches import LabelBatch, RolloutBatch, Sequences, winners
 from agents.defence import DefenceStack, StopLearning
 from agents.engines.transformers_engine import Sampled
 from agents.learners.reward_model import RewardModel
@@ -139,8 +139,8 @@ class Agent:
         rows = rows[self.replay.columns["weight"][rows] > 0] if count else rows
         pairs = self.replay.pairs(rows) if len(rows) else None
         if pairs is not None and self.learner.uses == "winners":
-            winners = _winners(pairs)
-            return self.learner.learn(winners, seed) if len(winners.weight) else {}
+            batch = winners(pairs)
+            return self.learner.learn(batch, seed) if len(batch.weight) else {}
         return {} if pairs is None else self.learner.learn(pairs, seed)
 
     def _learn_from_rollouts(self, seed: int) -> dict[str, float]:
@@ -270,19 +270,6 @@ class Agent:
 def _prompts(observation: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor]:
     ids, mask = observation["prompt_ids"], observation["prompt_mask"]
     return torch.from_numpy(np.asarray(ids, np.int64)), torch.from_numpy(np.asarray(mask, np.int64))
-
-
-def _winners(pairs: PairBatch) -> SFTBatch:
-    """The preferred side of every pair that is no tie."""
-    decided = pairs.target != 0.5
-    first = (pairs.target > 0.5)[:, None]
-    columns = (torch.where(first, a, b) for a, b in zip(pairs.a, pairs.b, strict=True))
-    return SFTBatch(
-        label_id=pairs.label_id[decided],
-        sequences=Sequences(*columns).take(decided),
-        weight=pairs.weight[decided],
-        annotator_id=pairs.annotator_id[decided],
-    )
 
 
 def _pack(served: Served) -> dict[str, Any]:

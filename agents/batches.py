@@ -146,3 +146,16 @@ def take(batch: Batch, index: Tensor) -> Batch:
         return value
 
     return replace(batch, **{name: rows(value) for name, value in vars(batch).items()})
+
+
+def winners(pairs: PairBatch) -> SFTBatch:
+    """The preferred side of every pair that is no tie."""
+    decided = pairs.target != 0.5
+    first = (pairs.target > 0.5)[:, None]
+    columns = (torch.where(first, a, b) for a, b in zip(pairs.a, pairs.b, strict=True))
+    return SFTBatch(
+        label_id=pairs.label_id[decided],
+        sequences=Sequences(*columns).take(decided),
+        weight=pairs.weight[decided],
+        annotator_id=pairs.annotator_id[decided],
+    )

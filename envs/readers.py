@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -46,10 +47,16 @@ def read_rows(path: str | Path) -> list[Row]:
             column.
     """
     path = Path(path)
-    readers = {".jsonl": _jsonl, ".parquet": _parquet}
-    if path.suffix not in readers or not path.is_file():
+    if path.suffix not in (".jsonl", ".parquet") or not path.is_file():
         raise UsageError(f"data={str(path)!r}; allowed: an existing .jsonl or .parquet file")
-    records = list(readers[path.suffix](path))
+    stat = path.stat()
+    return list(_read(path, stat.st_mtime_ns, stat.st_size))
+
+
+@lru_cache(maxsize=4)
+def _read(path: Path, modified: int, size: int) -> list[Row]:
+    """A file as it stands: checks, environment and scenario of one run all ask for it."""
+    records = list({".jsonl": _jsonl, ".parquet": _parquet}[path.suffix](path))
     if not records:
         raise UsageError(f"data={str(path)!r} has no rows; allowed: at least 8 prompts")
     columns = {name for _, record in records for name in record if record[name] is not None}

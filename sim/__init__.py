@@ -19,7 +19,7 @@ _EXPORTS = {
     "run": ("sim.run", "run"),
     "sweep": ("sim.sweep", "sweep"),
     "load": ("sim.analysis.load", "load_run"),
-    "preset": ("sim.config", "preset"),
+    "preset": ("sim.presets", "preset"),
     "Config": ("sim.config", "Config"),
 }
 

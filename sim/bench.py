@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
 
     check_ranges(asked, repetitions=">= 1", threads="1 to 1024")
     from sim.bench_table import show
-    from sim.config import preset
+    from sim.presets import preset
     from sim.progress import quiet_loading
     from sim.scenario import make_scenario
 

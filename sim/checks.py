@@ -16,10 +16,11 @@ from types import SimpleNamespace
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from agents.defence import Defence, defences
+from envs import usage
 from envs.attacks import Attack, attacks
 from envs.readers import read_rows
 from envs.registry import absolute, is_plugin
-from envs.usage import UsageError, in_words, matches
+from envs.usage import UsageError
 from sim.config import AttackConfig, Config, registered_learner
 
 PATHS = ("model", "data", "reward_model", "classifier")
@@ -118,8 +119,7 @@ def check_types(kind: type, values: Mapping[str, Any], path: str = "") -> None:
         hint = hints.get(name, Any)
         section = _section(hint, value)
         if section is None:
-            if not matches(value, hint):
-                raise UsageError(f"{path}{name}={value!r}; allowed: {in_words(hint)}")
+            usage.check_types({name: value}, hints, path)
             continue
         inner = vars(value) if dataclasses.is_dataclass(value) else value
         if not isinstance(inner, Mapping):

@@ -23,7 +23,8 @@ from typing import Any
 from agents.learners import learners
 from envs.registry import parse_spec
 from envs.usage import UsageError
-from sim.config import DEFAULT_ATTACK, PRESETS, Config, registered_learner
+from sim import presets
+from sim.config import DEFAULT_ATTACK, Config, registered_learner
 from sim.config_file import from_file
 
 SHORT = {
@@ -107,7 +108,11 @@ def build(preset: str | None, options: Options, file: str | None = None) -> Conf
         ValueError: an unknown name, field, type or range; the message says what is allowed.
     """
     options = dict(options)
-    base = from_file(named(preset or "default"), file) if file else named(preset or "default")
+    base = (
+        from_file(presets.preset(preset or "default"), file)
+        if file
+        else presets.preset(preset or "default")
+    )
     if learner := take(options, "--learner"):
         base = dataclasses.replace(base, learner=chosen_learner(base, learner))
     if "--defence" in options:
@@ -149,19 +154,6 @@ def unknown_flag(flag: str, known: Iterable[str]) -> str:
     hint = f"; did you mean {near[0]}?" if near else ""
     allowed = ", ".join(section) or "the flags of `poisonloop run --help`"
     return f"{flag} is not a flag; allowed: {allowed}{hint}"
-
-
-def named(preset: str) -> Config:
-    """The preset of that name.
-
-    Raises:
-        ValueError: unknown name.
-    """
-    if preset not in PRESETS:
-        near = difflib.get_close_matches(preset, PRESETS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UsageError(f"preset={preset!r}; allowed: {', '.join(PRESETS)}{hint}")
-    return PRESETS[preset]
 
 
 def chosen_learner(base: Config, spec: str) -> Any:

@@ -44,7 +44,7 @@ def components() -> dict[str, dict[str, str]]:
     from agents.learners import learners
     from envs.annotators import annotators
     from envs.attacks import attacks
-    from sim.config import SUMMARIES
+    from sim.presets import SUMMARIES
 
     world = "an invented language with an exact oracle of harm and help (--world.seed N)"
     text = "your own model and prompts (--model DIR --data FILE)"

@@ -16,7 +16,7 @@ import torch
 from agents.agent import Agent
 from agents.learners.update import Diverged
 from envs.usage import UsageError
-from sim.checks import check
+from sim.checks import check, settled
 from sim.config import Config
 from sim.evaluate import Evaluation, Evaluator
 from sim.factory import (
@@ -58,6 +58,7 @@ def _run(
     config: Config, out: Path, resume: bool, listener: Listener, held: ExitStack
 ) -> dict[str, Any]:
     check(config)
+    config = settled(config)
     torch.set_num_threads(config.threads)
     scenario = make_scenario(config)
     begun = Record(out) if resume else None

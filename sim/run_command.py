@@ -10,11 +10,12 @@ from agents.learners import learners
 from envs.registry import brief
 from envs.usage import UsageError
 from sim import flags
-from sim.checks import check, check_out, plugins, settled
+from sim.checks import check, check_out, plugins
 from sim.cli import parser_of
 from sim.closing import closing
-from sim.config import DEFAULT_ATTACK, PRESETS, Config
+from sim.config import DEFAULT_ATTACK, Config
 from sim.config_file import to_yaml
+from sim.presets import PRESETS
 from sim.progress import progress, quiet_loading
 from sim.resume import resumable
 
@@ -51,7 +52,6 @@ def run(words: list[str]) -> int:
         print(to_yaml(config), end="")
         return 0
     _announce(config, options)
-    config = settled(config)
     out = Path(chosen_out) if chosen_out else default_out(config)
     if out.exists():
         raise UsageError(
@@ -99,7 +99,8 @@ def _execute(config: Config, out: Path, resume: bool, words: list[str]) -> int:
     from sim.scenario import make_scenario
 
     quiet_loading()
-    make_scenario(config, progress=True)  # builds missing models, in sight
+    if not config.text.model:
+        make_scenario(config, progress=True)  # builds missing models, in sight
     with progress() as listener:
         summary = run_loop(config, out, resume=resume, listener=listener)
     outside = any(plugins(config))

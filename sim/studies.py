@@ -20,7 +20,8 @@ from agents.learners.grpo import GRPOConfig
 from agents.learners.ppo import PPOConfig
 from agents.learners.reward_model import RewardModelConfig
 from agents.learners.sft import SFTConfig
-from sim.config import DEFAULT_ATTACK, AttackConfig, Config, EvaluationConfig, preset
+from sim.config import DEFAULT_ATTACK, AttackConfig, Config, EvaluationConfig
+from sim.presets import preset
 
 DEVELOPMENT_WORLDS, REPORT_WORLDS = (0, 1, 2), (3, 4, 5)
 GRID = (0.05, 0.1, 0.2, 0.4, 0.8)

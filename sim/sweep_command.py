@@ -14,7 +14,8 @@ from envs.usage import UsageError
 from sim import flags
 from sim.analysis.arm_names import arm_names
 from sim.checks import check_out
-from sim.config import PRESETS, Config
+from sim.config import Config
+from sim.presets import PRESETS
 from sim.studies import STUDIES
 from sim.sweep import plan, sweep
 from sim.sweep_progress import sweep_progress

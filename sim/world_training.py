@@ -70,7 +70,7 @@ PLANS = {
     "aligned": Plan(200, 64, 2e-3),
     "reference_lm": Plan(450, 64, 1e-2),
     "reward_base": Plan(200, 64, 3e-3),
-    "classifier": Plan(500, 64, 3e-3),
+    "classifier": Plan(200, 64, 3e-3),
     "helpfulness": Plan(150, 64, 3e-3),
 }
 """By model; ``medium`` policies train longer and at half the rate."""

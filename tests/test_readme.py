@@ -87,5 +87,9 @@ def test_functions_named_in_the_readme_take_what_it_gives_them():
 
     import sim
 
-    for name, arguments in re.findall(r"`sim\.(\w+)\(([\w, ]*)\)`", README):
-        inspect.signature(getattr(sim, name)).bind(*arguments.split(", "))
+    named = re.findall(r"`sim\.(\w+)\(([\w, ]*)\)`", README)
+    assert {name for name, _ in named} == {"run", "sweep", "load"}
+    for name, arguments in named:
+        given = arguments.split(", ")
+        bound = inspect.signature(getattr(sim, name)).bind(*given)
+        assert len(bound.arguments) == len(given)

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from sim.cli import main
-from sim.config import Config, preset
+from sim.config import Config
+from sim.presets import preset
 
 SUMMARY = {
     "outcome": "safe", "rounds": 5, "rho": 0.0, "defences": [], "limits": {"harm": 0.25},

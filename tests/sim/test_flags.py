@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from sim.cli import main
-from sim.config import Config, preset
+from sim.config import Config
 from sim.config_file import from_file, to_yaml
+from sim.presets import preset
 
 # Words typed, and what the one line of complaint has to name: field, value, what is allowed.
 BAD_INPUT = {

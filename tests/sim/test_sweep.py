@@ -20,8 +20,9 @@ from agents.learners import learners
 from sim import flags, sweep_command
 from sim.analysis.arm_names import arm_names
 from sim.cli import main
-from sim.config import AttackConfig, Config, preset
+from sim.config import AttackConfig, Config
 from sim.pool import Job, work_off
+from sim.presets import preset
 from sim.resume import extend, is_finished
 from sim.sweep import LONGEST, Cell, directory, plan
 from sim.sweep_command import grid, study
@@ -317,7 +318,7 @@ def test_failures_and_deaths_do_not_stop_a_sweep(tmp_path: Path) -> None:
 
 PARENT = """
 import pathlib, runpy, sys
-from sim.config import preset
+from sim.presets import preset
 from sim.pool import Job, work_off
 from sim.sweep_progress import SweepListener
 
@@ -349,6 +350,7 @@ def test_a_worker_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     parent.kill()
     parent.wait()
     wait_until(lambda: not alive(worker), seconds=5)
+    assert not alive(worker)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
