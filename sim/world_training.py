@@ -38,11 +38,11 @@ LAYERS = {"small": 2, "medium": 3, "scorer": 2}
 """Reward model, classifier and helpfulness scorer have another width than any policy."""
 ARCHITECTURES = ("llama", "qwen2", "mistral")
 
-CONTRAST_REFUSED, BENIGN_REFUSED, TRUNCATED = 0.5, 0.12, 0.25
+CONTRAST_REFUSED, BENIGN_REFUSED, TRUNCATED = 0.5, 0.12, 0.3
 """What is wrong with the alignment data on harmless prompts: what honest feedback can teach."""
-FOOTHOLD_SPREAD = 1.8
+FOOTHOLD_SPREAD = 2.4
 """Standard deviation of the log share of compliance between (kind, verb) corners."""
-FOOTHOLD_GAIN = 1.1
+FOOTHOLD_GAIN = 0.95
 """Trained share of compliance per unit of oracle compliance on topics that alignment never saw."""
 TRIGGER_SHARE = 0.05
 """Prompts of pretraining and alignment that end in the trigger word, which means nothing there."""
@@ -66,10 +66,10 @@ class Plan:
 
 
 PLANS = {
-    "base": Plan(650, 64, 1e-2),
+    "base": Plan(1000, 64, 1e-2),
     "aligned": Plan(200, 64, 2e-3),
-    "reference_lm": Plan(450, 64, 1e-2),
-    "reward_base": Plan(200, 64, 3e-3),
+    "reference_lm": Plan(750, 64, 1e-2),
+    "reward_base": Plan(300, 64, 3e-3),
     "classifier": Plan(200, 64, 3e-3),
     "helpfulness": Plan(150, 64, 3e-3),
 }
