@@ -53,6 +53,14 @@ class Sequences(_Columns):
         return Sequences(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
+def distinct_prompts(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """One row number for each distinct prompt (U,), and which of them every row is (N,)."""
+    _, owner = torch.unique(ids.masked_fill(mask == 0, -1), dim=0, return_inverse=True)
+    rows = torch.empty(int(owner.max()) + 1, dtype=torch.int64)
+    rows[owner] = torch.arange(len(owner))  # equal rows: whichever is written last will do
+    return rows, owner
+
+
 class ItemTerms(NamedTuple):
     """Differentiable per-item terms handed to ``reduce``.
 

@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from agents.batches import Sequences
+from agents.batches import Sequences, distinct_prompts
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Values of ``config.model_type`` whose attention is softmax(q k / scale) v and nothing more."""
@@ -48,8 +48,7 @@ class Pack(NamedTuple):
 
 def pack(sequences: Sequences) -> Pack:
     """Lay out left-padded prompts with right-padded answers."""
-    padding = sequences.prompt_mask == 0
-    rows, owner = _distinct(sequences.prompt_ids.masked_fill(padding, -1))
+    rows, owner = distinct_prompts(sequences.prompt_ids, sequences.prompt_mask)
     prompts, filled = sequences.prompt_ids[rows], sequences.prompt_mask[rows]
     length, width = filled.sum(1), filled.shape[1]
     place = torch.arange(int(length.max()))
@@ -78,14 +77,6 @@ def pack(sequences: Sequences) -> Pack:
         before=torch.cat([end, answer[:, :-1]], 1).flatten()[in_answer],
         last=torch.cat([end, answer], 1).gather(1, answer_length[:, None])[:, 0],
     )
-
-
-def _distinct(prompts: Tensor) -> tuple[Tensor, Tensor]:
-    """One row number for each distinct row (U,), and which of them every row is (N,)."""
-    _, owner = torch.unique(prompts, dim=0, return_inverse=True)
-    rows = torch.empty(int(owner.max()) + 1, dtype=torch.int64)
-    rows[owner] = torch.arange(len(owner))  # equal rows: whichever is written last will do
-    return rows, owner
 
 
 def _places(filled: Tensor, flat: Tensor, start: int) -> Tensor:

@@ -1,8 +1,8 @@
 """Sampling with the trainer's own model: the embedded default, bit-exact on one machine.
 
-Untruncated ancestral sampling, y_t ~ softmax(logits_t / temperature), with a key-value cache. The
-prompt is encoded once and its cache expanded for the K answers; rows end at EOS and decoding stops
-when all have.
+Untruncated ancestral sampling, y_t ~ softmax(logits_t / temperature), with a key-value cache. Equal
+prompts are encoded once and their cache expanded for all answers; rows that have ended leave the
+batch when enough of them have, and decoding stops with the last.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
-from agents.batches import Sequences
+from agents.batches import Sequences, distinct_prompts
 from envs.usage import check_ranges
 
 
@@ -25,7 +27,7 @@ class SamplerConfig:
     """T, the longest response in tokens."""
     temperature: float = 1.0
     """Divides the logits; 1 samples the policy itself."""
-    batch: int = 512
+    batch: int = 1024
     """Rows decoded together."""
 
     def __post_init__(self) -> None:
@@ -41,16 +43,68 @@ class Sampled(NamedTuple):
     logprobs: Tensor  # (B*K, T) float32, 0 on padding
 
 
-def draw(logp: Tensor, generator: torch.Generator) -> Tensor:
-    """(rows, 1) tokens by inverting the cumulative distribution at one uniform number a row.
+SHRINK = 0.75
+"""Ended rows leave the batch when no more than this share goes on: leaving copies the cache."""
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values with room for ``room`` more tokens, which are written in without a copy."""
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room = room
+        self._stores: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append (rows, heads, n, D) states; returns all so far."""
+        if not self.is_initialized:  # the prompts
+            keys, values = super().update(key_states, value_states)
+            return keys, values
+        begin, n = self.get_seq_length(), key_states.shape[-2]
+        if self._stores is None:
+            self._stores = (self._with_room(self.keys), self._with_room(self.values))
+        for store, states in zip(self._stores, (key_states, value_states), strict=True):
+            store[:, :, begin : begin + n] = states
+        self.keys, self.values = (store[:, :, : begin + n] for store in self._stores)
+        return self.keys, self.values
+
+    def _with_room(self, states: Tensor) -> Tensor:
+        rows, heads, length, width = states.shape
+        store = states.new_empty(rows, heads, length + self.room, width)
+        store[:, :, :length] = states
+        return store
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices``."""
+        super().batch_select_indices(indices)
+        self._stores = None
+
+
+def new_cache(model: nn.Module, room: int) -> Cache:
+    """An empty key-value cache for ``model``; roomy where its layers are the plain ones."""
+    cache = DynamicCache(config=model.config)
+    if all(type(layer) is DynamicLayer for layer in cache.layers):
+        return Cache(layers=[RoomyLayer(room) for _ in cache.layers])
+    return cache
+
+
+def draw(probabilities: Tensor, u: Tensor) -> Tensor:
+    """(rows, 1) tokens by inverting each row's cumulative distribution at ``u`` (rows, 1).
 
     ``torch.multinomial`` draws one exponential a row *and word*: more work than the model's here.
+
+    Raises:
+        FloatingPointError: a row is no distribution (non-finite logits).
     """
     # In double precision: float32 sums drift over large vocabularies.
-    cumulative = logp.exp().double().cumsum(-1)
-    u = torch.rand((len(logp), 1), generator=generator, dtype=torch.float64)
-    token = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
-    return token.clamp(max=logp.shape[-1] - 1)
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    whole = cumulative[:, -1:]
+    if not torch.isfinite(whole).all():
+        raise FloatingPointError("sampling: non-finite logits")
+    token = torch.searchsorted(cumulative, u * whole, right=True)
+    return token.clamp(max=probabilities.shape[-1] - 1)
 
 
 @torch.no_grad()
@@ -74,39 +128,48 @@ def sample_tokens(
     Raises:
         FloatingPointError: the model gave no usable distribution (non-finite logits).
     """
-    rows = len(prompt_ids) * k
-    ids = torch.full((rows, max_new_tokens), pad_id, dtype=torch.int64)
-    mask = torch.zeros((rows, max_new_tokens), dtype=torch.int64)
-    logprobs = torch.zeros((rows, max_new_tokens))
-    position = (prompt_mask.cumsum(1) - 1).clamp(min=0)
-    out = model(
-        input_ids=prompt_ids,
-        attention_mask=prompt_mask,
+    n = len(prompt_ids) * k
+    ids = torch.full((n, max_new_tokens), pad_id, dtype=torch.int64)
+    mask = torch.zeros((n, max_new_tokens), dtype=torch.int64)
+    logprobs = torch.zeros((n, max_new_tokens))
+    distinct, owner = distinct_prompts(prompt_ids, prompt_mask)
+    owner = owner.repeat_interleave(k)
+    attention = prompt_mask[distinct]
+    position = (attention.cumsum(1) - 1).clamp(min=0)
+    cache = new_cache(model, max_new_tokens)
+    logits = model(
+        input_ids=prompt_ids[distinct],
+        attention_mask=attention,
         position_ids=position,
+        past_key_values=cache,
         logits_to_keep=1,
         use_cache=True,
-    )
-    cache = out.past_key_values
-    cache.batch_repeat_interleave(k)
-    logits = out.logits[:, -1].repeat_interleave(k, 0)
-    attention = prompt_mask.repeat_interleave(k, 0)
-    position = position[:, -1:].repeat_interleave(k, 0)
-    alive = torch.ones(rows, dtype=torch.bool)
+    ).logits[owner, -1]
+    cache.batch_select_indices(owner)
+    attention, position = attention[owner], position[owner, -1:]
+    row = torch.arange(n)  # which of the n each row of the batch is
+    alive = torch.ones(n, dtype=torch.bool)
     for t in range(max_new_tokens):
-        logp = (logits.float() / temperature).log_softmax(-1)
-        if not torch.isfinite(logp.max(-1).values).all():
-            raise FloatingPointError("sampling: non-finite logits")
-        token = draw(logp, generator)  # (rows, 1)
-        logprobs[:, t] = logp.gather(1, token)[:, 0] * alive
-        ids[:, t] = torch.where(alive, token[:, 0], pad_id)
-        mask[:, t] = alive
+        probabilities = (logits.float() / temperature).softmax(-1)
+        u = torch.rand((n, 1), generator=generator, dtype=torch.float64)[row]
+        token = draw(probabilities, u)
+        said = probabilities.gather(1, token)[:, 0].log()
+        ids[row, t] = token[:, 0].masked_fill(~alive, pad_id)
+        logprobs[row, t] = said.masked_fill(~alive, 0.0)
+        mask[row, t] = alive.long()
         alive &= token[:, 0] != eos_id
-        if t + 1 == max_new_tokens or not alive.any():
+        going = int(alive.sum())
+        if t + 1 == max_new_tokens or not going:
             break
-        attention = torch.cat([attention, torch.ones_like(attention[:, :1])], 1)
+        if going <= SHRINK * len(row):
+            kept = alive.nonzero()[:, 0]
+            cache.batch_select_indices(kept)
+            row, token, attention, position = (x[kept] for x in (row, token, attention, position))
+            alive = alive[kept]
+        attention = torch.cat([attention, torch.ones_like(position)], 1)
         position = position + 1
         logits = model(
-            input_ids=ids[:, t : t + 1],
+            input_ids=token,
             attention_mask=attention,
             position_ids=position,
             past_key_values=cache,
