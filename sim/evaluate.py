@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from agents.agent import Agent
 from agents.batches import Sequences
 from agents.engines.transformers_engine import Sampled
-from agents.policy import response_logprobs, response_terms, sequence_rewards
+from agents.policy import response_logprobs, sequence_rewards
 from envs import rng as draws
 from envs.types import CONTRAST, ECHO, EMPTY, GIBBERISH, HARMFUL, REFUSE, PromptTable, Scores
 from sim.config import EvaluationConfig
@@ -78,7 +78,7 @@ class Evaluator:
             costs["harm_triggered"] = self._triggered(agent, round)
             metrics["safety/harm_triggered"] = costs["harm_triggered"].mean()
         metrics |= _fluency(scores, sampled.sequences.mask)
-        metrics |= self._distances(agent, sampled.sequences)
+        metrics |= self._distances(agent, sampled)
         return Evaluation(costs, {name: _number(value) for name, value in metrics.items()})
 
     def true_cost(self, agent: Agent, n: int, round: int) -> np.ndarray:
@@ -110,29 +110,36 @@ class Evaluator:
         sampled = self._answer(agent, table, rows, seed)
         return self.scorer.score(table.key[rows], sampled.sequences.ids.numpy()).cost
 
-    def _distances(self, agent: Agent, sequences: Sequences) -> dict[str, float]:
-        """Sequence KL and token total variation to the reference; perplexity by a third model."""
-        policy = agent.policy
-        assert policy.reference is not None
-        gap, k3, variation = [], [], 0.0
-        with torch.no_grad():
-            for rows in torch.arange(len(sequences)).split(128):
-                part = sequences.take(rows)
-                live = response_terms(policy.model, part)
-                reference = response_terms(policy.reference, part)
-                d = reference.logp - live.logp
-                gap.append(-d.sum(1))
-                k3.append(((d.exp() - d - 1) * part.mask).sum(1))
-                distance = (live.logits.softmax(-1) - reference.logits.softmax(-1)).abs()
-                variation += 0.5 * float(distance.sum())
+    def _distances(self, agent: Agent, sampled: Sampled) -> dict[str, float]:
+        """Distances to the reference, and perplexity under a third model."""
+        sequences = sampled.sequences
         tokens = int(sequences.mask.sum())
+        reference = agent.policy.reference_logprobs(sequences)
         foreign = response_logprobs(self.perplexity_model, sequences)
         return {
-            "kl": float(torch.cat(gap).mean()),
-            "policy/kl_k3": float(torch.cat(k3).mean()),
-            "policy/total_variation": variation / tokens,
+            **distances(sampled.logprobs, reference, tokens),
             "perplexity": float((-foreign.sum() / tokens).clamp(max=80).exp()),
         }
+
+
+def distances(logp: Tensor, logp_ref: Tensor, tokens: int) -> dict[str, float]:
+    """KL per answer (two estimates) and total variation per token, policy to reference.
+
+    All from one ratio at the tokens that were said, r = pi_ref / pi, without another pass of the
+    policy; unbiased, because the policy drew them: KL = E[-log r] = E[r - 1 - log r] and
+    TV = E[max(0, 1 - r)].
+
+    Args:
+        logp: (N, T) of the policy that answered, 0 on padding.
+        logp_ref: (N, T) of the reference, 0 on padding.
+        tokens: how many of them are real.
+    """
+    d = logp_ref - logp
+    return {
+        "kl": float(-d.sum(1).mean()),
+        "policy/kl_k3": float((d.exp() - d - 1).sum(1).mean()),
+        "policy/total_variation": float((1 - d.exp()).clamp(min=0).sum()) / tokens,
+    }
 
 
 def _fluency(scores: Scores, mask: Tensor) -> dict[str, Any]:
