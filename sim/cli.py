@@ -43,7 +43,7 @@ COMMANDS = {
     "resume": ("sim.run_command", "resume"),
     "report": ("sim.cli", "report"),
     "list": ("sim.listing", "list_components"),
-    "bench": ("sim.bench", "main"),
+    "bench": ("sim.bench.command", "main"),
 }
 
 

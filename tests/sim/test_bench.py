@@ -8,10 +8,11 @@ import torch
 
 from agents.learners.grpo import GRPOConfig
 from agents.learners.reward_model import RewardModelConfig
-from sim.bench import bench, main
-from sim.bench_machine import Weights, matmul_rate, read_memory, reset_peak, weights_of
-from sim.bench_round import STAGES, OurRounds, Stopwatch
-from sim.bench_table import show
+from sim.bench.command import main
+from sim.bench.measure import bench
+from sim.bench.machine import Weights, matmul_rate, read_memory, reset_peak, weights_of
+from sim.bench.rounds import STAGES, OurRounds, Stopwatch
+from sim.bench.table import show
 from sim.config import Config, EvaluationConfig, FeedbackConfig
 from sim.scenario import Scenario
 
@@ -120,7 +121,11 @@ def test_trls_round_does_the_same_work(scenario, capsys):
         "reward_model_steps",
         "response_tokens",
         "loss",
+        "dpo_steps",
+        "dpo_loss",
     }
+    dpo = result["dpo_round"]
+    assert dpo["work"]["pairs"] % 32 == 0 and dpo["ratio_to_trl"] > 0
     figures = result["grpo_round"]
     assert_round_adds_up(figures["trl"])
     low, high = figures["ratio_quartiles"]

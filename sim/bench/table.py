@@ -10,7 +10,7 @@ def show(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from sim.bench_round import STAGES
+    from sim.bench.rounds import STAGES
 
     console, machine, figures = Console(), result["machine"], result["grpo_round"]
     ours, trl, work = figures["ours"], figures.get("trl"), figures["work"]
@@ -35,14 +35,25 @@ def show(result: dict[str, Any]) -> None:
         f"matmul: useful operations on real tokens as a share of {machine['matmul_gflops']:.0f} "
         f"GFLOP/s at {machine['threads']} threads"
     )
-    if trl:
-        low, high = figures["ratio_quartiles"]
-        same = [n for n, equal in result["same_work"].items() if not equal]
+    if not trl:
+        return
+    low, high = figures["ratio_quartiles"]
+    console.print(
+        f"TRL {trl['version']}, {trl['per_device_batch']} answers per forward, takes "
+        f"[bold]{figures['ratio_to_trl']:.2f}[/] times as long ({low:.2f} to {high:.2f})"
+    )
+    if dpo := result.get("dpo_round"):
+        low, high = dpo["ratio_quartiles"]
+        work = dpo["work"]
         console.print(
-            f"TRL {trl['version']}, {trl['per_device_batch']} answers per forward, takes "
-            f"[bold]{figures['ratio_to_trl']:.2f}[/] times as long ({low:.2f} to {high:.2f}); "
-            + (f"[red]work differs: {', '.join(same)}[/]" if same else "same work and losses")
+            f"one DPO round of {work['pairs']} pairs, {work['optimizer_steps']} optimizer steps: "
+            f"ours {_cell(dpo['ours'], 'seconds')}, TRL {_cell(dpo['trl'], 'seconds')}, "
+            f"[bold]{dpo['ratio_to_trl']:.2f}[/] times as long ({low:.2f} to {high:.2f})"
         )
+    differs = [name for name, equal in result["same_work"].items() if not equal]
+    console.print(
+        f"[red]work differs: {', '.join(differs)}[/]" if differs else "same work and losses"
+    )
 
 
 def _cell(seconds: dict[str, Any], stage: str) -> str:

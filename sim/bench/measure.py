@@ -1,62 +1,26 @@
-"""``poisonloop bench``: where the time of a round goes, and beside it the same round from TRL.
+"""Where the time of a round goes, and beside it the same round from TRL.
 
 Everything is a median over repetitions with its quartiles, after warm rounds that do not count.
-With ``--against trl`` the two kinds of rounds alternate in one process, so a slow minute of the
-machine meets both, and the ratio is the median of paired ratios: ``grpo_round.ratio_to_trl`` above
-1 means that ours is faster. The same command checks that both do the same work: answers, optimizer
-steps, tokens, and the loss of a batch of TRL's own under both implementations.
+Against TRL the two kinds of rounds alternate in one process, so a slow minute of the machine meets
+both, and the ratio is the median of paired ratios: ``grpo_round.ratio_to_trl`` above 1 means that
+ours is faster. What was measured also says whether both did the same work: answers or pairs,
+optimizer steps, tokens, and the loss of a batch of TRL's own under both implementations.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from sim.config import Config
-    from sim.scenario import Scenario
+import numpy as np
+import torch
+
+from sim.config import Config
+from sim.scenario import Scenario
 
 WARM = 2
 """Rounds of each kind before any counts."""
 TOKENS_TOLERANCE = 0.15
 LOSS_TOLERANCE = 1e-4
-
-
-def main(argv: list[str]) -> int:
-    """The command; returns the exit code.
-
-    Raises:
-        ValueError: a bad flag value.
-    """
-    from sim.cli import parser_of
-
-    parser = parser_of("bench", "Seconds per stage of one GRPO round, against the machine and TRL.")
-    parser.add_argument("preset", nargs="?", default="default", help="which configuration")
-    parser.add_argument("--against", choices=["trl"], help="what to run beside it")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
-    parser.add_argument("--repetitions", type=int, default=9, metavar="N", help="rounds counted")
-    parser.add_argument("--threads", type=int, default=2, metavar="N", help="torch threads")
-    asked = parser.parse_args(argv)
-    from envs.usage import UsageError, check_ranges
-
-    check_ranges(asked, repetitions=">= 1", threads="1 to 1024")
-    from sim.bench_table import show
-    from sim.presets import preset
-    from sim.progress import quiet_loading
-    from sim.scenario import make_scenario
-
-    quiet_loading()
-    config = preset(asked.preset)
-    if config.learner_name != "grpo":
-        raise UsageError(f"preset={asked.preset!r} learns by {config.learner_name}; allowed: grpo")
-    scenario = make_scenario(config, progress=True)
-    result = bench(config, scenario, asked.repetitions, asked.threads, asked.against)
-    if asked.json:
-        asked.json.parent.mkdir(parents=True, exist_ok=True)
-        asked.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    show(result)
-    return 0 if all(result.get("same_work", {"": True}).values()) else 1
 
 
 def bench(
@@ -71,10 +35,8 @@ def bench(
         threads: torch threads, for everything.
         against: ``"trl"`` or nothing.
     """
-    import torch
-
-    from sim.bench_machine import describe, matmul_rate
-    from sim.bench_round import OurRounds
+    from sim.bench.machine import describe, matmul_rate
+    from sim.bench.rounds import OurRounds
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -114,6 +76,8 @@ def bench(
         }
         if trl is not None:
             _compare(result, trl, rows)
+            pairs = ours.agent.replay.pairs(ours.agent.replay.usable())
+            _dpo_beside_trl(result, config, scenario, pairs, repetitions)
         return result
     finally:
         torch.set_num_threads(before)
@@ -121,9 +85,9 @@ def bench(
 
 def _beside_trl(config: Config, scenario: Scenario, repetitions: int, our_turn: Any) -> Any:
     """Run TRL's rounds with one of ours after each that counts."""
-    from sim.bench_machine import read_memory, reset_peak
-    from sim.bench_reward_loop import ask_ahead
-    from sim.bench_trl import TrlRounds, best_batch
+    from sim.bench.machine import read_memory, reset_peak
+    from sim.bench.reward_loop import ask_ahead
+    from sim.bench.trl_grpo import TrlRounds, best_batch
 
     size, tried = best_batch(config, scenario)
     texts = ask_ahead(config, scenario, WARM + 1 + repetitions)
@@ -171,6 +135,52 @@ def _compare(result: dict[str, Any], trl: dict[str, Any], ours: list[dict[str, f
     result["differences"] = {"response_tokens_trl_over_ours": tokens, "loss_on_trl_batch": gap}
 
 
+def _dpo_beside_trl(
+    result: dict[str, Any], config: Config, scenario: Scenario, pairs: Any, repetitions: int
+) -> None:
+    """Add a DPO round on pairs that people have just voted on, ours and TRL's in turn."""
+    from agents.batches import take
+    from agents.learners.dpo import DPOConfig
+    from sim.bench.trl_dpo import OurDpoRounds, TrlDpoRounds, decided_pairs, fastest
+
+    learner = DPOConfig()
+    pairs = decided_pairs(pairs, len(pairs.target))
+    n = len(pairs.target) // learner.minibatch * learner.minibatch
+    if not n:
+        return  # people had too little to say
+    pairs = decided_pairs(pairs, n)
+    size, tried = fastest(scenario, learner, pairs)
+    ours = OurDpoRounds(config, scenario, pairs)
+    trl = TrlDpoRounds(scenario, learner, pairs, size, WARM + repetitions)
+    rows: list[dict[str, float]] = []
+
+    def between(done: int) -> None:
+        row = ours()
+        if done > WARM:
+            rows.append(row)
+
+    trl.run(between)
+    theirs = trl.seconds[WARM:]
+    ratios = _spread([b["round"] / a["round"] for a, b in zip(rows, theirs, strict=True)])
+    first = learner.minibatch
+    weights = {k: v.detach() for k, v in trl.trainer.model.state_dict().items()}
+    gap = abs(trl.loss(first) - ours.loss(weights, take(pairs, torch.arange(first))))
+    result["dpo_round"] = {
+        "work": {"pairs": n, "optimizer_steps": trl.steps},
+        "ours": {"seconds": _spread([row["round"] for row in rows])},
+        "trl": {
+            "seconds": _spread([row["round"] for row in theirs]),
+            "per_device_batch": size,
+            "seconds_by_per_device_batch": {str(k): v for k, v in tried.items()},
+        },
+        "ratio_to_trl": ratios["median"],
+        "ratio_quartiles": [ratios["low"], ratios["high"]],
+    }
+    steps = ours.agent.stack.ctx.step // ours.round
+    result["same_work"] |= {"dpo_steps": steps == trl.steps, "dpo_loss": gap <= LOSS_TOLERANCE}
+    result["differences"]["dpo_loss"] = gap
+
+
 def _side(rows: list[dict[str, float]], tokens: float, memory: dict[str, Any]) -> dict[str, Any]:
     seconds = {name: _spread([row[name] for row in rows]) for name in rows[0]}
     return {
@@ -185,7 +195,5 @@ def _side(rows: list[dict[str, float]], tokens: float, memory: dict[str, Any]) -
 
 def _spread(values: list[float]) -> dict[str, float]:
     """Median and quartiles."""
-    import numpy as np
-
     low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
     return {"median": float(median), "low": float(low), "high": float(high)}

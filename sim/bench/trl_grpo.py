@@ -15,14 +15,10 @@ Rounds alternate: after each of TRL's a callback lets one of ours run, outside T
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,8 +27,9 @@ from agents.context import Context
 from agents.defence import DefenceStack
 from agents.learners import grpo
 from agents.policy import Policy, load_causal_lm, load_tokenizer, response_logprobs
-from sim.bench_reward_loop import PlainRewardLoop, ask_ahead
-from sim.bench_round import Stopwatch
+from sim.bench.reward_loop import PlainRewardLoop, ask_ahead
+from sim.bench.rounds import Stopwatch
+from sim.bench.trl_clock import global_rng_restored, train_in_rounds
 from sim.config import Config
 from sim.scenario import Scenario
 
@@ -51,13 +48,12 @@ class TrlRounds:
         self.seconds: list[dict[str, float]] = []
         self.captured: dict[str, Any] = {}
         self._folder = TemporaryDirectory()
-        with _global_rng_restored():
+        with global_rng_restored():
             self.trainer = self._build(texts, per_device)
         self.watch.wrap(self.trainer, "_generate_single_turn", "sample")
 
     def _build(self, texts: list[str], per_device: int) -> Any:
         from datasets import Dataset
-        from transformers import PrinterCallback
         from trl import GRPOConfig, GRPOTrainer
 
         config, learner = self.config, self.config.learner
@@ -101,35 +97,18 @@ class TrlRounds:
             train_dataset=Dataset.from_dict({"prompt": texts}),
             processing_class=load_tokenizer(self.scenario.tokenizer),
         )
-        trainer.remove_callback(PrinterCallback)
         return trainer
 
     def run(self, after_round: Callable[[int], None] = lambda round: None) -> None:
         """All rounds; ``after_round`` is called between them, off the clock."""
-        from transformers import TrainerCallback
 
-        rounds = self
+        def finished(round: int, whole: float) -> None:
+            parts = self.watch.take()
+            parts["update"] = whole - sum(parts.values())
+            self.seconds.append({**parts, "round": whole})
+            after_round(round)
 
-        class Clock(TrainerCallback):
-            """Stops at the last optimizer step of a round."""
-
-            def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                self.began = time.perf_counter()
-
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                done, rest = divmod(state.global_step, rounds.optimizer_steps)
-                if rest:
-                    return
-                whole = time.perf_counter() - self.began
-                parts = rounds.watch.take()
-                parts["update"] = whole - sum(parts.values())
-                rounds.seconds.append({**parts, "round": whole})
-                after_round(done)
-                self.began = time.perf_counter()
-
-        self.trainer.add_callback(Clock())
-        with _global_rng_restored():
-            self.trainer.train()
+        train_in_rounds(self.trainer, self.optimizer_steps, finished)
 
     def capture_first_round(self) -> None:
         """Keep the last batch of the first round, with the weights and loss it met."""
@@ -198,13 +177,3 @@ def best_batch(config: Config, scenario: Scenario, rounds: int = 3) -> tuple[int
         tried.run()
         seconds[size] = min(row["round"] for row in tried.seconds[1:])
     return min(seconds, key=lambda size: seconds[size]), seconds
-
-
-@contextmanager
-def _global_rng_restored() -> Any:
-    """TRL seeds and draws from the global generators."""
-    state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        yield
-    random.setstate(state)
-    np.random.set_state(numpy_state)

@@ -18,7 +18,7 @@ from torch import Tensor
 from agents.learners.reward_model import load_reward_model
 from agents.policy import load_tokenizer
 from envs.types import VOTE_A, VOTE_B, VOTE_SKIP
-from sim.bench_round import Stopwatch
+from sim.bench.rounds import Stopwatch
 from sim.config import Config
 from sim.factory import make_env
 from sim.scenario import Scenario

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from agents.batches import Sequences
-from sim.bench_machine import read_memory, reset_peak, weights_of
+from sim.bench.machine import read_memory, reset_peak, weights_of
 from sim.config import Config
 from sim.factory import make_agent, make_env, make_evaluator
 from sim.scenario import Scenario
@@ -125,7 +125,7 @@ class OurRounds:
         }
 
     def operations(self) -> dict[str, float]:
-        """Useful floating-point operations of the last round by stage (``sim.bench_machine``)."""
+        """Useful floating-point operations of the last round by stage (``sim.bench.machine``)."""
         agent, config, sequences = self.agent, self.config, self.sequences()
         assert agent.reward_model is not None
         policy = weights_of(agent.policy.model)

@@ -1,0 +1,50 @@
+"""Runs a TRL trainer in rounds of optimizer steps and lets something else happen in between."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def train_in_rounds(trainer: Any, steps: int, finished: Callable[[int, float], None]) -> None:
+    """One uninterrupted ``train()``, told off in rounds of ``steps`` optimizer steps.
+
+    Args:
+        trainer: a trainer of TRL's, warm from construction.
+        steps: of a round.
+        finished: called with the round's number, from 1, and its seconds; off the clock.
+    """
+    from transformers import PrinterCallback, TrainerCallback
+
+    class Clock(TrainerCallback):
+        """Stops at the last optimizer step of a round."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            done, rest = divmod(state.global_step, steps)
+            if not rest:
+                finished(done, time.perf_counter() - self.began)
+                self.began = time.perf_counter()
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Clock())
+    with global_rng_restored():
+        trainer.train()
+
+
+@contextmanager
+def global_rng_restored() -> Iterator[None]:
+    """TRL seeds and draws from the global generators."""
+    state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        yield
+    random.setstate(state)
+    np.random.set_state(numpy_state)

@@ -1,0 +1,152 @@
+"""A DPO round on labelled pairs: ours, and the same steps by ``trl.DPOTrainer``.
+
+Both learn from the same pairs in minibatches of the same size, with the reference's log-probs
+computed in each step, AdamW, float32 and the same threads. TRL's trainer is constructed once, gets
+the pairs as token ids, runs one uninterrupted ``train()`` and uses the fastest of several batch
+sizes per forward.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from agents.batches import PairBatch, Sequences, take
+from agents.learners.dpo import DPO, DPOConfig
+from agents.policy import load_causal_lm, load_tokenizer
+from sim.bench.trl_clock import global_rng_restored, train_in_rounds
+from sim.config import Config
+from sim.factory import make_agent
+from sim.scenario import Scenario
+
+Rows = list[dict[str, list[int]]]
+
+
+class OurDpoRounds:
+    """Our learner on the same pairs, one round at a call."""
+
+    def __init__(self, config: Config, scenario: Scenario, pairs: PairBatch):
+        self.agent = make_agent(replace(config, learner=DPOConfig()), scenario)
+        self.pairs = pairs
+        self.round = 0
+
+    def __call__(self) -> dict[str, float]:
+        """Run one round; its seconds."""
+        began = time.perf_counter()
+        self.agent.learner.learn(self.pairs, self.round)
+        self.round += 1
+        return {"round": time.perf_counter() - began}
+
+    def loss(self, weights: dict[str, Tensor], pairs: PairBatch) -> float:
+        """The loss on ``pairs`` with other weights than the policy has now."""
+        model, learner = self.agent.policy.model, self.agent.learner
+        assert isinstance(learner, DPO)
+        kept = {name: value.clone() for name, value in model.state_dict().items()}
+        model.load_state_dict(weights, strict=False)
+        both = Sequences.concatenate([pairs.a, pairs.b])
+        found = learner.run(pairs, self.agent.policy.reference_logprobs(both).sum(1))
+        model.load_state_dict(kept)
+        return found.losses["loss"]
+
+
+class TrlDpoRounds:
+    """Rounds of a warm ``DPOTrainer``; ``per_device`` pairs in one forward and backward."""
+
+    def __init__(
+        self, scenario: Scenario, config: DPOConfig, pairs: PairBatch, per_device: int, rounds: int
+    ):
+        from datasets import Dataset
+        from trl import DPOConfig as TheirConfig
+        from trl import DPOTrainer
+
+        self.rows = token_rows(pairs)
+        tokenizer = load_tokenizer(scenario.tokenizer)
+        text = {name.removesuffix("_ids"): tokenizer.decode(i) for name, i in self.rows[0].items()}
+        self.steps = config.epochs * len(self.rows) // config.minibatch
+        self.seconds: list[dict[str, float]] = []
+        self._folder = TemporaryDirectory()
+        with global_rng_restored():
+            self.trainer = DPOTrainer(
+                model=load_causal_lm(scenario.policy),
+                ref_model=load_causal_lm(scenario.policy),
+                args=TheirConfig(
+                    output_dir=self._folder.name,
+                    per_device_train_batch_size=per_device,
+                    gradient_accumulation_steps=config.minibatch // per_device,
+                    max_steps=rounds * self.steps,
+                    learning_rate=config.lr,
+                    lr_scheduler_type="constant",
+                    adam_beta1=config.betas[0],
+                    adam_beta2=config.betas[1],
+                    weight_decay=config.weight_decay,
+                    max_grad_norm=config.max_grad_norm,
+                    beta=config.beta,
+                    gradient_checkpointing=False,
+                    bf16=False,
+                    use_cpu=True,
+                    dataloader_pin_memory=False,
+                    logging_strategy="no",
+                    save_strategy="no",
+                    report_to="none",
+                    disable_tqdm=True,
+                ),
+                train_dataset=Dataset.from_list([text]),  # it insists on text; ids come below
+                processing_class=tokenizer,
+            )
+        self.trainer.train_dataset = Dataset.from_list(self.rows)
+
+    def run(self, after_round: Callable[[int], None] = lambda round: None) -> None:
+        """All rounds; ``after_round`` is called between them, off the clock."""
+
+        def finished(round: int, whole: float) -> None:
+            self.seconds.append({"round": whole})
+            after_round(round)
+
+        train_in_rounds(self.trainer, self.steps, finished)
+
+    def loss(self, n: int) -> float:
+        """TRL's loss on the first ``n`` pairs at its present weights."""
+        inputs = self.trainer.data_collator(self.rows[:n])
+        with torch.no_grad():
+            return float(self.trainer.compute_loss(self.trainer.model, inputs))
+
+
+def decided_pairs(pairs: PairBatch, n: int) -> PairBatch:
+    """The first ``n`` pairs that are no tie."""
+    return take(pairs, (pairs.target != 0.5).nonzero()[:n, 0])
+
+
+def token_rows(pairs: PairBatch) -> Rows:
+    """Pairs as the token ids that TRL's collator takes."""
+    first = (pairs.target > 0.5)[:, None]
+    chosen, rejected = (
+        [torch.where(side, a, b) for a, b in zip(pairs.a, pairs.b, strict=True)]
+        for side in (first, ~first)
+    )
+    columns = {
+        "prompt_ids": (pairs.a.prompt_ids, pairs.a.prompt_mask),
+        "chosen_ids": chosen[2:],
+        "rejected_ids": rejected[2:],
+    }
+    return [
+        {name: ids[i][mask[i] == 1].tolist() for name, (ids, mask) in columns.items()}
+        for i in range(len(pairs.target))
+    ]
+
+
+def fastest(
+    scenario: Scenario, config: DPOConfig, pairs: PairBatch, rounds: int = 3
+) -> tuple[int, dict[int, float]]:
+    """TRL's fastest number of pairs per forward, and seconds per round of each that was tried."""
+    sizes = [config.minibatch // d for d in (1, 2, 4) if config.minibatch % d == 0]
+    seconds = {}
+    for size in sizes:
+        tried = TrlDpoRounds(scenario, config, pairs, size, rounds)
+        tried.run()
+        seconds[size] = min(row["round"] for row in tried.seconds[1:])
+    return min(seconds, key=lambda size: seconds[size]), seconds
