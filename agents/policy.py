@@ -2,9 +2,10 @@
 
     log pi(y | x) = sum_t log pi(y_t | x, y_<t)
 
-Logits are formed for response tokens only, never for prompts or padding: with V in the tens of
-thousands they are the largest tensor there is. Models that can are run without padding and read a
-prompt once for all its answers (``agents.packing``).
+Logits are formed for response tokens only, never for prompts or padding, and never for more tokens
+at once than fit in a tile: with V in the tens of thousands they are the largest tensor there is.
+Models that can are run without padding and read a prompt once for all its answers
+(``agents.packing``).
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from agents.batches import Sequences
 from agents.packing import can_pack, pack, packed_inputs
 
+TILE = 2**24
+"""Logits held at once when gradients are to flow through them: 64 MiB in float32."""
+
 
 class ResponseTerms(NamedTuple):
-    """One forward pass over responses; R counts their tokens, padding left out, row by row."""
+    """One forward pass over responses."""
 
     logp: Tensor  # (N, T) at least float32, 0 on padding
-    logits: Tensor  # (R, V) at least float32
     hidden: Tensor | None  # (N, T, d), state that predicts each token; only when asked for
 
 
@@ -41,28 +45,69 @@ def response_terms(
         hidden: also return the final-norm hidden states (for value heads).
     """
     real = sequences.mask.flatten().nonzero()[:, 0]  # (R,) in a flat (N * T)
+    ids = sequences.ids.flatten()[real]
     if can_pack(model, sequences.prompt_ids.shape[1] + sequences.ids.shape[1]):
-        layout = pack(sequences)
-        keep = {"logits_to_keep": layout.before, "output_hidden_states": hidden}
-        out = model(**packed_inputs(model, layout), **keep)
-        logits = out.logits[0]
-        states = out.hidden_states[-1][0, layout.before] if hidden else None
+        states = _packed_states(model, sequences)
+        logp = tiled_logp(model.get_output_embeddings(), states, ids, temperature)
     else:
-        keep = {"logits_to_keep": sequences.ids.shape[1] + 1, "output_hidden_states": hidden}
-        out = model(**padded_inputs(sequences), **keep)
-        logits = out.logits[:, :-1].flatten(0, 1)[real]
         width = sequences.ids.shape[1] + 1
+        keep = {"logits_to_keep": width, "output_hidden_states": hidden}
+        out = model(**padded_inputs(sequences), **keep)
+        logp = token_logp(out.logits[:, :-1].flatten(0, 1)[real], ids, temperature)
         states = out.hidden_states[-1][:, -width:-1].flatten(0, 1)[real] if hidden else None
+    return ResponseTerms(
+        _spread(logp, real, sequences), _spread(states, real, sequences) if hidden else None
+    )
+
+
+def response_states(model: nn.Module, sequences: Sequences) -> Tensor:
+    """(N, T, d) final-norm hidden states that predict each response token, 0 on padding."""
+    if not can_pack(model, sequences.prompt_ids.shape[1] + sequences.ids.shape[1]):
+        states = response_terms(model, sequences, hidden=True).hidden
+        assert states is not None
+        return states
+    real = sequences.mask.flatten().nonzero()[:, 0]
+    return _spread(_packed_states(model, sequences), real, sequences)
+
+
+def _packed_states(model: nn.Module, sequences: Sequences) -> Tensor:
+    """(R, d) for the R response tokens, row by row."""
+    layout = pack(sequences)
+    out = model.base_model(**packed_inputs(model, layout))
+    return out.last_hidden_state[0, layout.before]
+
+
+def _spread(values: Tensor, real: Tensor, sequences: Sequences) -> Tensor:
+    """(N, T, ...) from (R, ...) values of the response tokens."""
+    shape = sequences.ids.shape
+    empty = values.new_zeros(shape.numel(), *values.shape[1:])
+    return empty.index_put((real,), values).unflatten(0, shape)
+
+
+def token_logp(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    """(R,) log-probabilities of ``ids`` (R,) under ``logits`` (R, V), at least float32."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature != 1.0:
         logits = logits / temperature
-    nats = F.cross_entropy(logits, sequences.ids.flatten()[real], reduction="none")
-    shape = sequences.ids.shape
-    logp = nats.new_zeros(shape.numel()).index_put((real,), -nats).view(shape)
-    if states is not None:
-        empty = states.new_zeros(shape.numel(), states.shape[1])
-        states = empty.index_put((real,), states).view(*shape, -1)
-    return ResponseTerms(logp, logits, states)
+    return -F.cross_entropy(logits, ids, reduction="none")
+
+
+def tiled_logp(head: nn.Module, states: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    """:func:`token_logp` of ``head(states)`` where no more than a tile of logits ever exists.
+
+    Beyond one tile the backward pass forms the logits again: one more product with the head
+    instead of three tensors (R, V).
+    """
+    rows = max(1, TILE // head.weight.shape[0])
+
+    def tile(states: Tensor, ids: Tensor) -> Tensor:
+        return token_logp(head(states), ids, temperature)
+
+    if len(ids) <= rows:
+        return tile(states, ids)
+    parts = zip(states.split(rows), ids.split(rows), strict=True)
+    again = {"use_reentrant": False, "preserve_rng_state": False}
+    return torch.cat([checkpoint(tile, *part, **again) for part in parts])
 
 
 def sequence_rewards(model: nn.Module, sequences: Sequences) -> Tensor:

@@ -50,6 +50,9 @@ SHRINK = 0.75
 class RoomyLayer(DynamicLayer):
     """Keys and values with room for ``room`` more tokens, which are written in without a copy."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, room: int):
         super().__init__()
         self.room = room

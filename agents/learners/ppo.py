@@ -35,7 +35,7 @@ from agents.learners.update import (
     minibatches,
     update_step,
 )
-from agents.policy import response_terms
+from agents.policy import response_states, response_terms
 from envs.usage import check_ranges
 
 
@@ -44,7 +44,7 @@ from envs.usage import check_ranges
 class PPOConfig(OptimizerConfig):
     """PPO: value head, GAE, clipped ratio and value, KL in the reward."""
 
-    lr: float = 3e-4
+    lr: float = 5e-4
     """Learning rate."""
     minibatch: int = 256
     """Responses per optimizer step."""
@@ -186,7 +186,7 @@ class PPO(Learner):
         heads = {channel: self._head(channel) for channel in batch.rewards}
         parts: dict[str, list[Tensor]] = {channel: [] for channel in heads}
         for rows in torch.arange(len(batch.group)).split(self.config.micro_batch):
-            hidden = response_terms(self.ctx.model, batch.sequences.take(rows), hidden=True).hidden
+            hidden = response_states(self.ctx.model, batch.sequences.take(rows))
             for channel, head in heads.items():
                 parts[channel].append(head(hidden)[..., 0])
         return {channel: torch.cat(values) for channel, values in parts.items()}

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from agents import policy
 from agents.policy import (
     Policy,
     load_causal_lm,
     load_tokenizer,
     response_logprobs,
+    response_states,
     response_terms,
 )
 
@@ -32,12 +34,28 @@ def test_batched_logprobs_equal_rows_computed_alone(tiny, temperature):
         assert (logp[row, length:] == 0).all()
 
 
-def test_hidden_states_give_the_logits(tiny):
+def test_hidden_states_give_the_logprobs(tiny):
     model, sequences = tiny.model(), tiny.sequences(5)
     terms = response_terms(model, sequences, hidden=True)
     real = sequences.mask.bool()
-    torch.testing.assert_close(model.lm_head(terms.hidden[real]), terms.logits)
+    logp = model.lm_head(terms.hidden).log_softmax(-1).gather(2, sequences.ids[..., None])[..., 0]
+    torch.testing.assert_close(terms.logp[real], logp[real])
     assert not terms.hidden[~real].any()
+    assert torch.equal(response_states(model, sequences), terms.hidden)
+
+
+def test_tiles_of_logits_change_neither_values_nor_gradients(tiny, monkeypatch):
+    sequences, found = tiny.sequences(7), []
+    for tile in (policy.TILE, 3 * tiny.vocabulary):
+        monkeypatch.setattr(policy, "TILE", tile)
+        model, widest = tiny.model(), []
+        model.lm_head.register_forward_hook(lambda _m, _i, out, w=widest: w.append(len(out)))
+        logp = response_terms(model, sequences, temperature=0.7).logp
+        logp.square().sum().backward()
+        found.append([logp, *(p.grad for p in model.parameters())])
+    assert max(widest) == 3 and len(widest) > 4, "the second pass went tile by tile, twice"
+    for whole, tiled in zip(*found, strict=True):
+        torch.testing.assert_close(whole, tiled, rtol=1e-3, atol=1e-4)
 
 
 def test_further_padding_changes_nothing(tiny):
@@ -62,16 +80,16 @@ def test_logprobs_do_not_depend_on_the_batch(tiny):
 
 
 def test_reference_is_a_frozen_copy_that_stays(tiny):
-    policy = Policy(tiny.model(), tiny.tokenizer())
+    kept = Policy(tiny.model(), tiny.tokenizer())
     sequences = tiny.sequences(4)
-    policy.snapshot_reference()
-    before = policy.reference_logprobs(sequences)
+    kept.snapshot_reference()
+    before = kept.reference_logprobs(sequences)
     with torch.no_grad():
-        policy.model.lm_head.weight.add_(1.0)
-        policy.model.lm_head.weight[3].add_(2.0)
-    assert torch.equal(policy.reference_logprobs(sequences), before)
-    assert not torch.equal(response_logprobs(policy.model, sequences), before)
-    assert not any(p.requires_grad for p in policy.reference.parameters())
+        kept.model.lm_head.weight.add_(1.0)
+        kept.model.lm_head.weight[3].add_(2.0)
+    assert torch.equal(kept.reference_logprobs(sequences), before)
+    assert not torch.equal(response_logprobs(kept.model, sequences), before)
+    assert not any(p.requires_grad for p in kept.reference.parameters())
 
 
 def test_saved_model_and_tokenizer_load_back(tiny, tmp_path):

@@ -9,8 +9,8 @@ import torch
 from agents.learners.grpo import GRPOConfig
 from agents.learners.reward_model import RewardModelConfig
 from sim.bench.command import main
-from sim.bench.measure import bench
 from sim.bench.machine import Weights, matmul_rate, read_memory, reset_peak, weights_of
+from sim.bench.measure import bench
 from sim.bench.rounds import STAGES, OurRounds, Stopwatch
 from sim.bench.table import show
 from sim.config import Config, EvaluationConfig, FeedbackConfig
