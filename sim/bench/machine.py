@@ -1,8 +1,8 @@
 """What this machine can do, and what a round asks of it: the yardsticks of the bench.
 
-Rate of the machine: the fastest of several large single-precision matrix products at the given
-number of threads. Work of a round: floating-point operations of the models' matrix products on
-*real tokens only*, so padding counts as waste and never as speed:
+Rate of the machine: the fastest of several large single-precision matrix products, and of several
+large copies, at the given number of threads. Work of a round: floating-point operations of the
+models' matrix products on *real tokens only*, so padding counts as waste and never as speed:
 
     forward  2 (body * positions + head * predictions),   forward + backward  three times that
 
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-SIDE = 2048
+SIDE, COPIED = 2048, 2**28
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -55,6 +55,18 @@ def matmul_rate(repetitions: int = 7) -> float:
     return 2.0 * SIDE**3 / min(seconds[1:])
 
 
+def copy_rate(repetitions: int = 5) -> float:
+    """Measured bytes per second read and written by a large copy, the best of several."""
+    source = torch.ones(COPIED // 4)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(repetitions + 1):
+        began = time.perf_counter()
+        target.copy_(source)
+        seconds.append(time.perf_counter() - began)
+    return 2.0 * COPIED / min(seconds[1:])
+
+
 def describe(threads: int, rate: float) -> dict[str, object]:
     """The machine, for the record."""
     import transformers
@@ -65,6 +77,7 @@ def describe(threads: int, rate: float) -> dict[str, object]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "matmul_gflops": rate / 1e9,
+        "copy_gbytes": copy_rate() / 1e9,
     }
 
 

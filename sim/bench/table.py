@@ -33,7 +33,7 @@ def show(result: dict[str, Any]) -> None:
         f"{work['optimizer_steps']} + {work['reward_model_steps']} optimizer steps; "
         f"{ours['response_tokens_per_second']['round']:.0f} response tokens/s; "
         f"matmul: useful operations on real tokens as a share of {machine['matmul_gflops']:.0f} "
-        f"GFLOP/s at {machine['threads']} threads"
+        f"GFLOP/s at {machine['threads']} threads, which copy {machine['copy_gbytes']:.0f} GB/s"
     )
     if not trl:
         return
@@ -61,3 +61,22 @@ def _cell(seconds: dict[str, Any], stage: str) -> str:
         return ""
     s = seconds[stage]
     return f"{s['median']:.3f} ({s['low']:.3f}-{s['high']:.3f})"
+
+
+def show_memory(result: dict[str, Any]) -> None:
+    """Print memory by part."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console, sides = Console(), result["mib"]
+    table = Table(title=f"{result['shape']} policy, {result['vocabulary']} words: MiB of one round")
+    table.add_column("part")
+    for name in sides:
+        table.add_column(name, justify="right")
+    for part in next(iter(sides.values()))["parts"]:
+        table.add_row(part, *(f"{side['parts'][part]:.0f}" for side in sides.values()))
+    table.add_row("[bold]sum[/]", *(f"{side['sum']:.0f}" for side in sides.values()))
+    for stage in next(iter(sides.values()))["resident"]:
+        row = (side["resident"][stage] for side in sides.values())
+        table.add_row(f"resident, {stage}", *(f"{v:.0f}" if v else "" for v in row))
+    console.print(table)

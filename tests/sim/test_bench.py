@@ -8,11 +8,16 @@ import torch
 
 from agents.learners.grpo import GRPOConfig
 from agents.learners.reward_model import RewardModelConfig
+from agents.policy import load_causal_lm
+from sim.bench import growth
 from sim.bench.command import main
-from sim.bench.machine import Weights, matmul_rate, read_memory, reset_peak, weights_of
+from sim.bench.growth_plot import plot_growth
+from sim.bench.machine import Weights, copy_rate, matmul_rate, read_memory, reset_peak, weights_of
 from sim.bench.measure import bench
+from sim.bench.memory import memory
 from sim.bench.rounds import STAGES, OurRounds, Stopwatch
-from sim.bench.table import show
+from sim.bench.shapes import Shape, save_random_policy, shape_of
+from sim.bench.table import show, show_memory
 from sim.config import Config, EvaluationConfig, FeedbackConfig
 from sim.scenario import Scenario
 
@@ -182,7 +187,7 @@ def test_stopwatch_gives_an_inner_stage_its_own_time(monkeypatch):
 
 
 def test_machine_yardsticks():
-    assert matmul_rate(1) > 1e8
+    assert matmul_rate(1) > 1e8 and copy_rate(1) > 1e8
     if read_memory().now is None:
         return
     block = np.ones(20_000_000)
@@ -198,8 +203,53 @@ def test_machine_yardsticks():
         (["--repetitions", "0"], "repetitions=0; allowed: >= 1"),
         (["--threads", "0"], "threads=0; allowed: 1 to 1024"),
         (["no_such_preset"], "preset='no_such_preset'; allowed: .*default"),
+        (["--shape", "7b"], "shape='7b'; allowed: 100k"),
+        (["--model", "x"], "--model and --data; allowed: both"),
+        (["--memory", "--vocabulary", "1"], "vocabulary=1; allowed: 16 to"),
     ],
 )
 def test_bad_words_are_named(words, message):
     with pytest.raises(ValueError, match=message):
         main(words)
+
+
+def test_memory_by_part_counts_what_is_there(capsys):
+    result = memory("100k", 50)
+    for side in result["mib"].values():
+        parts = side["parts"]
+        assert parts["weights"] == parts["reference"] == parts["gradients"] > 0
+        assert parts["optimizer"] == pytest.approx(2 * parts["weights"], rel=0.01)
+        # Answers of 24 words, their log-softmax in float32, in the two micro-batches of 128 rows.
+        assert parts["logits"] == pytest.approx(128 * 24 * 50 * 4 / 2**20, rel=0.01)
+        assert side["sum"] == pytest.approx(sum(parts.values()))
+        assert parts["activations"] > parts["logits"]
+    show_memory(result)
+    assert "activations" in capsys.readouterr().out
+
+
+def test_tiles_bound_the_logits_that_are_kept(monkeypatch):
+    monkeypatch.setattr("agents.policy.TILE", 500)
+    parts = memory("100k", 50)["mib"]["grpo"]["parts"]
+    assert parts["logits"] <= 500 * 4 / 2**20
+
+
+def test_random_policies_have_the_size_in_their_name(tmp_path):
+    for name in ("100k", "1m"):
+        width, layers = shape_of(name)
+        path = save_random_policy(tmp_path / name, Shape(width, layers), 50)
+        body = weights_of(load_causal_lm(path)).body
+        assert body == 10 * layers * width**2
+        assert body == pytest.approx({"100k": 1e5, "1m": 1e6}[name], rel=0.2)
+
+
+def test_growth_measures_and_draws(monkeypatch, tmp_path):
+    monkeypatch.setattr(growth, "AXES", {"tokens": growth.Axis("tokens", (2, 4), linear)})
+    curves = growth.growth(1)
+    assert curves["tokens"]["exponent"] == pytest.approx(1.0)
+    assert [point["value"] for point in curves["tokens"]["points"]] == [2, 4]
+    drawn = plot_growth(curves | {"rounds": curves["tokens"]}, tmp_path / "new" / "growth.png")
+    assert drawn.stat().st_size > 10_000
+
+
+def linear(value, threads):
+    return [growth.Point(value, 0.5 * value, 100.0)]
