@@ -91,7 +91,12 @@ def _row(blocks: tuple[Tensor, Tensor], in_prompt: Tensor, in_answer: Tensor) ->
 
 
 def can_pack(model: nn.Module, length: int) -> bool:
-    """Whether ``model`` is of a family that packs, at sequences of ``length`` positions."""
+    """Whether ``model`` is of a family that packs, at sequences of ``length`` positions.
+
+    One with hooks on itself is not: packing calls its parts, and would pass them by.
+    """
+    if model._forward_hooks or model._forward_pre_hooks:
+        return False
     config: Any = model.config
     window = getattr(config, "sliding_window", None) or length
     return config.model_type in FAMILIES and window >= length

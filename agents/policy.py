@@ -2,10 +2,9 @@
 
     log pi(y | x) = sum_t log pi(y_t | x, y_<t)
 
-Logits are formed for response tokens only, never for prompts or padding, and never for more tokens
-at once than fit in a tile: with V in the tens of thousands they are the largest tensor there is.
 Models that can are run without padding and read a prompt once for all its answers
-(``agents.packing``).
+(``agents.packing``). Their logits are formed for response tokens only, and never for more of them
+at once than fit in a tile: with V in the tens of thousands they are the largest tensor there is.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from agents.batches import Sequences
 from agents.packing import can_pack, pack, packed_inputs
 
 TILE = 2**24
-"""Logits held at once when gradients are to flow through them: 64 MiB in float32."""
+"""Logits formed at once: 64 MiB in float32, beside them their log-softmax and gradient."""
 
 
 class ResponseTerms(NamedTuple):
@@ -73,7 +72,7 @@ def response_states(model: nn.Module, sequences: Sequences) -> Tensor:
 def _packed_states(model: nn.Module, sequences: Sequences) -> Tensor:
     """(R, d) for the R response tokens, row by row."""
     layout = pack(sequences)
-    out = model.base_model(**packed_inputs(model, layout))
+    out = model.get_decoder()(**packed_inputs(model, layout))
     return out.last_hidden_state[0, layout.before]
 
 

@@ -126,8 +126,8 @@ def distances(logp: Tensor, logp_ref: Tensor, tokens: int) -> dict[str, float]:
     """KL per answer (two estimates) and total variation per token, policy to reference.
 
     All from one ratio at the tokens that were said, r = pi_ref / pi, without another pass of the
-    policy; unbiased, because the policy drew them: KL = E[-log r] = E[r - 1 - log r] and
-    TV = E[max(0, 1 - r)].
+    policy; both as tempered as they were sampled. The policy drew the tokens, so
+    KL = E[-log r] = E[r - 1 - log r] and TV = E[max(0, 1 - r)].
 
     Args:
         logp: (N, T) of the policy that answered, 0 on padding.
@@ -137,7 +137,7 @@ def distances(logp: Tensor, logp_ref: Tensor, tokens: int) -> dict[str, float]:
     d = logp_ref - logp
     return {
         "kl": float(-d.sum(1).mean()),
-        "policy/kl_k3": float((d.exp() - d - 1).sum(1).mean()),
+        "policy/kl_k3": float((d.exp() - d - 1).clamp(min=0).sum(1).mean()),
         "policy/total_variation": float((1 - d.exp()).clamp(min=0).sum()) / tokens,
     }
 

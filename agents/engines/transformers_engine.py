@@ -48,7 +48,7 @@ SHRINK = 0.75
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values with room for ``room`` more tokens, which are written in without a copy."""
+    """Keys and values with room for ``room`` tokens after the prompt, written in without a copy."""
 
     keys: Tensor
     values: Tensor
@@ -56,18 +56,19 @@ class RoomyLayer(DynamicLayer):
     def __init__(self, room: int):
         super().__init__()
         self.room = room
-        self._stores: tuple[Tensor, Tensor] | None = None
+        self._stores: tuple[Tensor, ...] = ()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append (rows, heads, n, D) states; returns all so far."""
-        if not self.is_initialized:  # the prompts
+        if not self.is_initialized:
             keys, values = super().update(key_states, value_states)
+            self.capacity = self.get_seq_length() + self.room
             return keys, values
         begin, n = self.get_seq_length(), key_states.shape[-2]
-        if self._stores is None:
-            self._stores = (self._with_room(self.keys), self._with_room(self.values))
+        if not self._stores or self._stores[0].data_ptr() != self.keys.data_ptr():
+            self._stores = tuple(self._with_room(states) for states in (self.keys, self.values))
         for store, states in zip(self._stores, (key_states, value_states), strict=True):
             store[:, :, begin : begin + n] = states
         self.keys, self.values = (store[:, :, : begin + n] for store in self._stores)
@@ -75,14 +76,9 @@ class RoomyLayer(DynamicLayer):
 
     def _with_room(self, states: Tensor) -> Tensor:
         rows, heads, length, width = states.shape
-        store = states.new_empty(rows, heads, length + self.room, width)
+        store = states.new_empty(rows, heads, self.capacity, width)
         store[:, :, :length] = states
         return store
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices``."""
-        super().batch_select_indices(indices)
-        self._stores = None
 
 
 def new_cache(model: nn.Module, room: int) -> Cache:

@@ -9,6 +9,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+EXCLUDES = {
+    "growth": ("preset", "against", "model", "shape", "memory", "repetitions"),
+    "memory": ("preset", "against", "model", "repetitions", "threads"),
+    "model": ("shape",),
+}
+"""Flags that have no meaning beside the first."""
+
 
 def main(argv: list[str]) -> int:
     """The command; returns the exit code, 1 where two sides did not do the same work.
@@ -19,6 +26,7 @@ def main(argv: list[str]) -> int:
     from envs.usage import UsageError, check_ranges
     from sim.bench.shapes import SHAPES, shape_of
     from sim.cli import parser_of
+    from sim.presets import preset
 
     parser = parser_of("bench", "Seconds per stage of one GRPO round, against the machine and TRL.")
     parser.add_argument("preset", nargs="?", default="default", help="which configuration")
@@ -36,10 +44,13 @@ def main(argv: list[str]) -> int:
     check_ranges(asked, repetitions=">= 1", threads="1 to 1024", vocabulary="16 to 1000000")
     if asked.shape:
         shape_of(asked.shape)
+    preset(asked.preset)
+    for name, others in EXCLUDES.items():
+        clash = [o for o in others if getattr(asked, o) != parser.get_default(o)]
+        if getattr(asked, name) and clash:
+            raise UsageError(f"--{name} with {', '.join(clash)}; allowed: without")
     if (asked.model is None) != (asked.data is None):
         raise UsageError("--model and --data; allowed: both or neither")
-    if asked.model and asked.shape:
-        raise UsageError("--model with --shape; allowed: one of them")
     result = _growth(asked) if asked.growth else _memory(asked) if asked.memory else _rounds(asked)
     if asked.json:
         asked.json.parent.mkdir(parents=True, exist_ok=True)
@@ -76,17 +87,20 @@ def _growth(asked: argparse.Namespace) -> dict[str, Any]:
 
     from sim.bench.growth import growth
     from sim.bench.growth_plot import plot_growth
-    from sim.bench.machine import describe, matmul_rate
+    from sim.bench.machine import describe, matmul_rate, torch_threads
     from sim.config import Config
     from sim.scenario import make_scenario
 
     make_scenario(Config(), progress=True)  # builds missing models once
-    console = Console()
-    curves = growth(asked.threads, console.print)
-    for curve in curves.values():
-        console.print(f"{curve['label']}: seconds grow as its power {curve['exponent']:.2f}")
+    console, curves = Console(), {}
+    with torch_threads(asked.threads):
+        machine = describe(asked.threads, matmul_rate())
+    for name, curve in growth(asked.threads, console.print):
+        curves[name] = curve
+        if curve["exponent"] is not None:
+            console.print(f"{curve['label']}: seconds grow as its power {curve['exponent']:.2f}")
     console.print(f"Figure:   {plot_growth(curves, asked.growth)}")
-    return {"machine": describe(asked.threads, matmul_rate()), "growth": curves}
+    return {"machine": machine, "growth": curves}
 
 
 def _memory(asked: argparse.Namespace) -> dict[str, Any]:

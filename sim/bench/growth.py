@@ -1,9 +1,9 @@
 """How time and memory grow: one axis at a time from the embedded default.
 
     prompts B, responses K, annotators    the embedded policy; whole rounds
-    tokens T, parameters                  policies of random weights, whose answers are always T
-                                          words; people find them all equally useless and skip, so
-                                          the reward model rests
+    tokens T, parameters                  policies of random weights that never end an answer;
+                                          people find them all equally useless and skip, so the
+                                          reward model rests
     rounds                                one long run with its records, by its place in the run
     processes                             equal runs through the sweeps' pool, per hour
 
@@ -15,7 +15,7 @@ linearly.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -26,8 +26,10 @@ from typing import Any, NamedTuple
 from sim.config import Config, EvaluationConfig
 from sim.listener import Listener
 
-ROUNDS, WINDOW = 1000, 100
-"""Length of the long run, and the rounds of each of its points."""
+POINTS = 10
+"""Stretches of the long run that are told apart."""
+NEVER = -1
+"""A token that no model says."""
 
 
 class Point(NamedTuple):
@@ -35,7 +37,7 @@ class Point(NamedTuple):
 
     value: float
     seconds: float  # of one round; of one run for processes
-    peak_mib: float | None
+    resident_mib: float | None  # the peak; for rounds of a long run, what is held
 
 
 class Axis(NamedTuple):
@@ -44,16 +46,18 @@ class Axis(NamedTuple):
     label: str
     values: tuple[Any, ...]
     measure: Callable[[Any, int], list[Point]]
+    flat: bool = False  # a level line, or fewer seconds, is hoped for
 
 
-def growth(threads: int, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """Measure every axis; JSON values.
+def growth(
+    threads: int, tell: Callable[[str], None] = lambda text: None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Measure axis after axis; yields names with JSON values.
 
     Args:
-        threads: torch threads of every process.
+        threads: torch threads of every process but those of a pool, which have one each.
         tell: hears of every point.
     """
-    curves = {}
     for name, axis in AXES.items():
         points: list[Point] = []
         for value in axis.values:
@@ -61,12 +65,14 @@ def growth(threads: int, tell: Callable[[str], None] = lambda text: None) -> dic
                 points += alone.submit(axis.measure, value, threads).result()
             last = points[-1]
             tell(f"{axis.label}: {last.value:g}, {last.seconds:.3f} s")
-        curves[name] = {
-            "label": axis.label,
-            "points": [point._asdict() for point in points],
-            "exponent": exponent(points),
-        }
-    return curves
+        yield (
+            name,
+            {
+                "label": axis.label,
+                "points": [point._asdict() for point in points],
+                "exponent": None if axis.flat else exponent(points),
+            },
+        )
 
 
 def exponent(points: list[Point]) -> float:
@@ -75,8 +81,13 @@ def exponent(points: list[Point]) -> float:
     return math.log(b.seconds / a.seconds) / math.log(b.value / a.value)
 
 
-def _rounds(config: Config, threads: int, shape: str | None = None, n: int = 5) -> Point:
-    """Median seconds of ``n`` warm rounds, and the peak of this process; the value is left open."""
+def _rounds(
+    config: Config, threads: int, shape: str | None = None, tokens: int | None = None, n: int = 5
+) -> Point:
+    """Median seconds of ``n`` warm rounds, and the peak of this process; the value is left open.
+
+    A ``shape`` is a policy of random weights that never ends an answer before ``tokens``.
+    """
     import numpy as np
     import torch
 
@@ -92,7 +103,11 @@ def _rounds(config: Config, threads: int, shape: str | None = None, n: int = 5) 
     with TemporaryDirectory() as folder:
         if shape:
             scenario = with_random_policy(scenario, shape_of(shape), Path(folder))
+        if tokens:
+            config = replace(config, sampler=replace(config.sampler, max_new_tokens=tokens))
         rounds = OurRounds(config, scenario)
+    if shape:
+        rounds.agent.sampler.eos_id = NEVER
     for _ in range(2):
         rounds()
     reset_peak()
@@ -122,9 +137,7 @@ def annotators(value: int, threads: int) -> list[Point]:
 
 def tokens(value: int, threads: int) -> list[Point]:
     """T words an answer."""
-    default = Config()
-    config = replace(default, sampler=replace(default.sampler, max_new_tokens=value))
-    return [_rounds(config, threads, "100k")._replace(value=value)]
+    return [_rounds(Config(), threads, "100k", value)._replace(value=value)]
 
 
 def parameters(shape: str, threads: int) -> list[Point]:
@@ -138,6 +151,8 @@ def parameters(shape: str, threads: int) -> list[Point]:
 
 def rounds(value: int, threads: int) -> list[Point]:
     """One run of ``value`` short rounds, records and checkpoints included, window by window."""
+    import time
+
     import numpy as np
 
     from sim.bench.machine import read_memory
@@ -145,52 +160,54 @@ def rounds(value: int, threads: int) -> list[Point]:
     from sim.run import run
 
     class Clock(Listener):
-        """Notes memory at every round; seconds are in the run's own timings."""
+        """Notes time and memory at the end of every round, when all is written."""
 
         def __init__(self) -> None:
+            self.at: list[float] = []
             self.resident: list[float | None] = []
 
         def round(self, row: dict[str, Any]) -> None:
             """One more round."""
+            self.at.append(time.perf_counter())
             self.resident.append(read_memory().now)
 
     quiet_loading()
-    length, clock = value, Clock()
+    clock, window = Clock(), value // POINTS
     config = replace(
         _people(batch=8, responses=2),
-        rounds=length,
+        rounds=value,
         threads=threads,
-        evaluation=EvaluationConfig(every=length, n_harm=8, n_help=8, n_true=0),
+        evaluation=EvaluationConfig(every=value, n_harm=8, n_help=8, n_true=0),
     )
     with TemporaryDirectory() as folder:
         run(config, Path(folder) / "run", listener=clock)
-        seconds = _timings(Path(folder) / "run")
-    ends = range(WINDOW, length + 1, WINDOW)
+    seconds = np.diff(clock.at[:-1])  # the last round is evaluated
     return [
-        Point(float(end), float(np.median(seconds[end - WINDOW : end])), clock.resident[end - 1])
-        for end in ends
+        Point(
+            float(end),
+            float(np.median(seconds[max(0, end - window - 1) : end - 1])),
+            clock.resident[end - 1],
+        )
+        for end in range(window, value + 1, window)
     ]
 
 
-def _timings(path: Path) -> list[float]:
-    import json
-
-    lines = (path / "timings.jsonl").read_text().splitlines()
-    return [row["seconds"] for row in map(json.loads, lines) if "seconds" in row]
-
-
 def processes(value: int, threads: int) -> list[Point]:
-    """Seconds a run when ``value`` processes work off eight equal short runs."""
+    """Seconds a run when ``value`` processes, of one thread each, work off eight short runs."""
     import time
 
     from sim.presets import preset
     from sim.sweep import sweep
 
-    runs = [replace(preset("smoke"), seed=seed, threads=threads) for seed in range(8)]
+    runs = [replace(preset("smoke"), seed=seed) for seed in range(8)]
     with TemporaryDirectory() as folder:
         began = time.perf_counter()
-        sweep(runs, folder, jobs=value)
-        return [Point(value, (time.perf_counter() - began) / len(runs), None)]
+        done = sweep(runs, folder, jobs=value)["runs"]
+        seconds = (time.perf_counter() - began) / len(runs)
+    failed = [run for run in done if run["outcome"] == "failed"]
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(runs)} runs failed")
+    return [Point(value, seconds, None)]
 
 
 AXES = {
@@ -199,6 +216,6 @@ AXES = {
     "tokens": Axis("tokens T", (12, 24, 48, 96), tokens),
     "parameters": Axis("policy parameters", ("100k", "1m", "3m", "10m"), parameters),
     "annotators": Axis("annotators", (100, 1_000, 10_000, 100_000), annotators),
-    "rounds": Axis("round of a long run", (ROUNDS,), rounds),
-    "processes": Axis("processes", (1, 2), processes),
+    "rounds": Axis("round of a long run", (1000,), rounds, flat=True),
+    "processes": Axis("processes", (1, 2), processes, flat=True),
 }

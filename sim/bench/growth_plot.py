@@ -7,9 +7,6 @@ from typing import Any
 
 from sim.analysis.style import BLUE, GREY, VERMILION, styled
 
-FLAT = ("rounds", "processes")
-"""Axes drawn on plain scales: what is hoped for there is a level line, or fewer seconds."""
-
 
 @styled
 def plot_growth(curves: dict[str, Any], path: Path) -> Path:
@@ -26,8 +23,8 @@ def plot_growth(curves: dict[str, Any], path: Path) -> Path:
     for ax, (name, curve) in zip(grid, curves.items(), strict=False):
         x = [point["value"] for point in curve["points"]]
         y = [point["seconds"] for point in curve["points"]]
-        peaks = [point["peak_mib"] for point in curve["points"]]
-        if name in FLAT:
+        held = [point["resident_mib"] for point in curve["points"]]
+        if curve["exponent"] is None:  # a level line, or fewer seconds, is hoped for
             ax.set_ylim(0, 1.25 * max(y))
         else:
             ax.set(xscale="log", yscale="log")
@@ -35,14 +32,14 @@ def plot_growth(curves: dict[str, Any], path: Path) -> Path:
         ax.plot(x, y, color=BLUE, marker="o", ms=4)
         ax.set_xlabel(curve["label"])
         ax.set_title("seconds a run" if name == "processes" else "seconds a round", fontsize=10)
-        if None not in peaks:
+        if None not in held:
             beside = ax.twinx()
-            beside.plot(x, peaks, color=VERMILION, marker="s", ms=3, lw=1)
-            beside.set_ylim(0, 1.25 * max(peaks))
+            beside.plot(x, held, color=VERMILION, marker="s", ms=3, lw=1)
+            beside.set_ylim(0, 1.25 * max(held))
             beside.tick_params(axis="y", colors=VERMILION, labelsize=8)
             beside.spines["right"].set_visible(True)
     figure.supxlabel(
-        "blue, left: median seconds; red, right: MiB resident at the peak; dotted: linear growth "
+        "blue, left: median seconds; red, right: resident MiB; dotted: linear growth "
         "through the last point",
         fontsize=9,
         color=GREY,

@@ -6,7 +6,8 @@ models' matrix products on *real tokens only*, so padding counts as waste and ne
 
     forward  2 (body * positions + head * predictions),   forward + backward  three times that
 
-with ``body`` and ``head`` the weights of the linear maps inside and on top of the transformer.
+with ``body`` and ``head`` the weights of the linear maps inside and on top of the transformer, and
+every distinct prompt of a round, or of a label, counted once, however often it is read.
 Left out: embeddings (look-ups), attention's own products (a few percent at these lengths), norms,
 softmax, sampling, optimizer. The share of the machine's rate is therefore understated, never
 flattered.
@@ -16,6 +17,8 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,6 +68,17 @@ def copy_rate(repetitions: int = 5) -> float:
         target.copy_(source)
         seconds.append(time.perf_counter() - began)
     return 2.0 * COPIED / min(seconds[1:])
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """A block on ``threads`` torch threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def describe(threads: int, rate: float) -> dict[str, object]:

@@ -35,12 +35,10 @@ def bench(
         threads: torch threads, for everything.
         against: ``"trl"`` or nothing.
     """
-    from sim.bench.machine import describe, matmul_rate
+    from sim.bench.machine import describe, matmul_rate, torch_threads
     from sim.bench.rounds import OurRounds
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         rate = matmul_rate()
         ours = OurRounds(config, scenario)
         for _ in range(WARM):
@@ -79,8 +77,6 @@ def bench(
             pairs = ours.agent.replay.pairs(ours.agent.replay.usable())
             _dpo_beside_trl(result, config, scenario, pairs, repetitions)
         return result
-    finally:
-        torch.set_num_threads(before)
 
 
 def _beside_trl(config: Config, scenario: Scenario, repetitions: int, our_turn: Any) -> Any:
@@ -138,17 +134,19 @@ def _compare(result: dict[str, Any], trl: dict[str, Any], ours: list[dict[str, f
 def _dpo_beside_trl(
     result: dict[str, Any], config: Config, scenario: Scenario, pairs: Any, repetitions: int
 ) -> None:
-    """Add a DPO round on pairs that people have just voted on, ours and TRL's in turn."""
+    """Add a DPO round on the pairs that people decided lately, ours and TRL's in turn."""
     from agents.batches import take
     from agents.learners.dpo import DPOConfig
-    from sim.bench.trl_dpo import OurDpoRounds, TrlDpoRounds, decided_pairs, fastest
+    from sim.bench.trl_dpo import OurDpoRounds, TrlDpoRounds, fastest
 
     learner = DPOConfig()
-    pairs = decided_pairs(pairs, len(pairs.target))
-    n = len(pairs.target) // learner.minibatch * learner.minibatch
+    decided = (pairs.target != 0.5).nonzero()[:, 0]
+    n = len(decided) // learner.minibatch * learner.minibatch
+    work: dict[str, Any] = {"pairs": n}
+    result["dpo_round"] = {"work": work}
     if not n:
-        return  # people had too little to say
-    pairs = decided_pairs(pairs, n)
+        return
+    pairs = take(pairs, decided[:n])
     size, tried = fastest(scenario, learner, pairs)
     ours = OurDpoRounds(config, scenario, pairs)
     trl = TrlDpoRounds(scenario, learner, pairs, size, WARM + repetitions)
@@ -162,11 +160,11 @@ def _dpo_beside_trl(
     trl.run(between)
     theirs = trl.seconds[WARM:]
     ratios = _spread([b["round"] / a["round"] for a, b in zip(rows, theirs, strict=True)])
-    first = learner.minibatch
     weights = {k: v.detach() for k, v in trl.trainer.model.state_dict().items()}
-    gap = abs(trl.loss(first) - ours.loss(weights, take(pairs, torch.arange(first))))
-    result["dpo_round"] = {
-        "work": {"pairs": n, "optimizer_steps": trl.steps},
+    first = take(pairs, torch.arange(learner.minibatch))
+    gap = abs(trl.loss(learner.minibatch) - ours.loss(weights, first))
+    work["optimizer_steps"] = ours.agent.stack.ctx.step // ours.round
+    result["dpo_round"] |= {
         "ours": {"seconds": _spread([row["round"] for row in rows])},
         "trl": {
             "seconds": _spread([row["round"] for row in theirs]),
@@ -176,8 +174,11 @@ def _dpo_beside_trl(
         "ratio_to_trl": ratios["median"],
         "ratio_quartiles": [ratios["low"], ratios["high"]],
     }
-    steps = ours.agent.stack.ctx.step // ours.round
-    result["same_work"] |= {"dpo_steps": steps == trl.steps, "dpo_loss": gap <= LOSS_TOLERANCE}
+    steps = trl.trainer.state.global_step // len(trl.seconds)
+    result["same_work"] |= {
+        "dpo_steps": work["optimizer_steps"] == steps,
+        "dpo_loss": gap <= LOSS_TOLERANCE,
+    }
     result["differences"]["dpo_loss"] = gap
 
 

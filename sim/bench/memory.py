@@ -1,16 +1,21 @@
-"""What a GRPO or PPO round keeps in memory, part by part.
+"""What the policy's side of a GRPO or PPO round keeps in memory, part by part.
 
-Static parts are counted from the tensors themselves. What the backward pass needs is seen by hooks
-on every tensor that autograd saves, each storage once: those as wide as the vocabulary are logits,
-the rest activations. The process's own peak stands beside the sum, so nothing can hide. Prompts and
-answers are random words: 256 answers of 24 words, four to a prompt of 12.
+Weights, gradients and moments are counted from the tensors themselves; what the backward pass needs
+by hooks on every tensor that autograd saves, each storage once: those as wide as the vocabulary are
+logits, the rest activations. Beyond one tile (``agents.policy``) logits are not saved but formed
+again, and the widest tile counts. The process's own peak stands beside the parts; each learner has
+a process to itself. The work: sample 256 answers, four to a prompt of 12 random words, score them
+under the reference, and update once. The reward model has no part in it.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,14 +26,19 @@ from torch import Tensor
 from agents.batches import RolloutBatch, Sequences
 from agents.context import Context
 from agents.defence import DefenceStack
+from agents.engines.transformers_engine import sample_tokens
 from agents.learners.grpo import GRPOConfig
 from agents.learners.ppo import PPOConfig
 from agents.policy import Policy, load_causal_lm
+from envs.usage import UsageError
 from sim.bench.machine import read_memory, reset_peak
 from sim.bench.shapes import save_random_policy, shape_of
+from sim.progress import quiet_loading
 
 MIB = 2**20
 ANSWERS, GROUP, PROMPT, ANSWER = 256, 4, 12, 24
+POSITIONS = ANSWERS * (PROMPT + ANSWER)
+"""Of the sampler's cache at its largest: keys and values in float32 take 8 bytes a number."""
 MAKERS: dict[str, Callable[[], Any]] = {"grpo": GRPOConfig, "ppo": PPOConfig}
 
 
@@ -38,48 +48,84 @@ def memory(shape: str, vocabulary: int) -> dict[str, Any]:
     Args:
         shape: a name of ``sim.bench.shapes.SHAPES``.
         vocabulary: words of the policy.
+
+    Raises:
+        ValueError: unknown shape, or a vocabulary as wide as its layers.
     """
+    chosen, sides = shape_of(shape), {}
+    if vocabulary in (chosen.width, 2 * chosen.width):
+        raise UsageError(
+            f"vocabulary={vocabulary}; allowed: not {chosen.width} or {2 * chosen.width}, "
+            f"the widths of {shape}, since logits are told by theirs"
+        )
     with TemporaryDirectory() as folder:
-        path = save_random_policy(Path(folder), shape_of(shape), vocabulary)
-        sides = {name: _round(path, maker(), vocabulary) for name, maker in MAKERS.items()}
+        path = save_random_policy(Path(folder), chosen, vocabulary)
+        for name in MAKERS:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
+                sides[name] = alone.submit(_round, path, name, vocabulary).result()
     work = {"answers": ANSWERS, "prompt_tokens": PROMPT, "answer_tokens": ANSWER}
     return {"shape": shape, "vocabulary": vocabulary, "work": work, "mib": sides}
 
 
-def _round(path: Path, config: Any, vocabulary: int) -> dict[str, Any]:
-    """Score under the reference and update once, watching every tensor that is kept."""
+def _round(path: Path, learner_name: str, vocabulary: int) -> dict[str, Any]:
+    """Sample, score and update once, watching every tensor that is kept."""
+    quiet_loading()
     policy = Policy(load_causal_lm(path), None)
     policy.snapshot_reference()
+    assert policy.reference is not None
     ctx = Context("policy", policy.model, None, policy)
-    learner = config.build(ctx, DefenceStack([], ctx), 1.0)
-    sequences = random_sequences(vocabulary)
-    reset_peak()
-    before = read_memory().now
-    logp = policy.reference_logprobs(sequences)
-    scored = read_memory().peak
+    learner = MAKERS[learner_name]().build(ctx, DefenceStack([], ctx), 1.0)
+    sequences, resident = random_sequences(vocabulary), {"loaded": read_memory().now}
+    with _peak(resident, "sample"):
+        sampled = sample_tokens(
+            policy.model,
+            sequences.prompt_ids[::GROUP],
+            sequences.prompt_mask[::GROUP],
+            ANSWER,
+            eos_id=-1,
+            pad_id=0,
+            generator=torch.Generator().manual_seed(2),
+            k=GROUP,
+        )
+    sequences = sequences._replace(ids=sampled[0])
+    with _peak(resident, "score"):
+        logp_ref = policy.reference_logprobs(sequences)
     batch = RolloutBatch(
         sequences=sequences,
         group=torch.arange(ANSWERS) // GROUP,
-        logp_old=logp,
-        logp_ref=logp,
+        logp_old=sampled[2],
+        logp_ref=logp_ref,
         rewards={"reward": torch.randn(ANSWERS, generator=torch.Generator().manual_seed(1))},
         weight=torch.ones(ANSWERS),
     )
-    saved = Saved(vocabulary, policy.parameters())
-    reset_peak()
-    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda kept: kept):
+    saved, tiles = Saved(vocabulary, policy.parameters()), [0]
+    head = policy.model.get_output_embeddings()
+    head.register_forward_hook(lambda _m, _i, out: tiles.append(out.nbytes))
+    with (
+        _peak(resident, "update"),
+        torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda kept: kept),
+    ):
         learner.learn(batch, 0)
     state = ctx.optimizer.state.values()
+    config = policy.model.config
     parts = {
-        "weights": _bytes(policy.parameters()),
-        "reference": _bytes(policy.reference.parameters()) if policy.reference else 0.0,
-        "gradients": _bytes(policy.parameters()),
-        "optimizer": _bytes(v for s in state for v in s.values() if isinstance(v, Tensor)),
+        "weights": _mib(policy.parameters()),
+        "reference": _mib(policy.reference.parameters()),
+        "gradients": _mib(p.grad for p in policy.parameters() if p.grad is not None),
+        "optimizer": _mib(v for s in state for v in s.values() if isinstance(v, Tensor)),
         "activations": saved.most["activations"] / MIB,
-        "logits": saved.most["logits"] / MIB,
+        "logits": max(saved.most["logits"], *tiles) / MIB,
+        "sampler's cache": 8.0 * config.num_hidden_layers * config.hidden_size * POSITIONS / MIB,
     }
-    peaks = {"before": before, "score": scored, "update": read_memory().peak}
-    return {"parts": parts, "sum": sum(parts.values()), "resident": peaks}
+    return {"parts": parts, "resident": resident}
+
+
+@contextmanager
+def _peak(resident: dict[str, float | None], stage: str) -> Iterator[None]:
+    """Note the peak of a block under ``stage``."""
+    reset_peak()
+    yield
+    resident[stage] = read_memory().peak
 
 
 class Saved:
@@ -125,5 +171,5 @@ def random_sequences(vocabulary: int) -> Sequences:
     return Sequences(prompts, torch.ones_like(prompts), answers, torch.ones_like(answers))
 
 
-def _bytes(tensors: Iterable[Tensor]) -> float:
+def _mib(tensors: Iterable[Tensor]) -> float:
     return sum(t.numel() * t.element_size() for t in tensors) / MIB

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from agents.batches import Sequences
+from agents.batches import Sequences, distinct_prompts
 from sim.bench.machine import read_memory, reset_peak, weights_of
 from sim.config import Config
 from sim.factory import make_agent, make_env, make_evaluator
@@ -131,20 +131,20 @@ class OurRounds:
         policy = weights_of(agent.policy.model)
         reward = weights_of(agent.reward_model.ctx.model)
         answers = float(sequences.mask.sum())
-        prompts = float(sequences.prompt_mask.sum())
+        distinct, _ = distinct_prompts(sequences.prompt_ids, sequences.prompt_mask)
+        positions = float(sequences.prompt_mask[distinct].sum()) + answers
         per_label = _label_tokens(agent.replay.columns) if len(agent.replay) else 0.0
         labels = self.work()["reward_model_steps"] * config.reward_model.minibatch
-        once = prompts / config.feedback.responses  # the sampler reads a prompt once for its K
-        forward = policy.forward(prompts + answers, answers)
+        forward = policy.forward(positions, answers)
         return {
-            "sample": policy.forward(once + answers, answers),
+            "sample": forward,
             "reward_model": 3 * reward.forward(labels * per_label, 2 * labels),
-            "score": forward + reward.forward(prompts + answers, len(sequences)),
+            "score": forward + reward.forward(positions, len(sequences)),
             "update": 3 * config.learner.epochs * forward,
         }
 
 
 def _label_tokens(columns: dict[str, Any]) -> float:
-    """Mean tokens of one label's two sequences, its prompt counted twice."""
-    tokens = 2 * columns["prompt_mask"].sum(1) + columns["a_mask"].sum(1) + columns["b_mask"].sum(1)
+    """Mean tokens of one label's two answers and their prompt."""
+    tokens = columns["prompt_mask"].sum(1) + columns["a_mask"].sum(1) + columns["b_mask"].sum(1)
     return float(tokens.mean())

@@ -42,9 +42,12 @@ def show(result: dict[str, Any]) -> None:
         f"TRL {trl['version']}, {trl['per_device_batch']} answers per forward, takes "
         f"[bold]{figures['ratio_to_trl']:.2f}[/] times as long ({low:.2f} to {high:.2f})"
     )
-    if dpo := result.get("dpo_round"):
+    dpo = result["dpo_round"]
+    work = dpo["work"]
+    if not work["pairs"]:
+        console.print("no DPO round: people decided too few pairs to fill a minibatch")
+    else:
         low, high = dpo["ratio_quartiles"]
-        work = dpo["work"]
         console.print(
             f"one DPO round of {work['pairs']} pairs, {work['optimizer_steps']} optimizer steps: "
             f"ours {_cell(dpo['ours'], 'seconds')}, TRL {_cell(dpo['trl'], 'seconds')}, "
@@ -75,8 +78,10 @@ def show_memory(result: dict[str, Any]) -> None:
         table.add_column(name, justify="right")
     for part in next(iter(sides.values()))["parts"]:
         table.add_row(part, *(f"{side['parts'][part]:.0f}" for side in sides.values()))
-    table.add_row("[bold]sum[/]", *(f"{side['sum']:.0f}" for side in sides.values()))
     for stage in next(iter(sides.values()))["resident"]:
         row = (side["resident"][stage] for side in sides.values())
-        table.add_row(f"resident, {stage}", *(f"{v:.0f}" if v else "" for v in row))
+        table.add_row(
+            f"resident, {stage}" + (" (peak)" if stage != "loaded" else ""),
+            *(f"{v:.0f}" if v else "" for v in row),
+        )
     console.print(table)

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from agents.batches import PairBatch, Sequences, take
+from agents.batches import PairBatch, Sequences
 from agents.learners.dpo import DPO, DPOConfig
 from agents.policy import load_causal_lm, load_tokenizer
 from sim.bench.trl_clock import global_rng_restored, train_in_rounds
@@ -114,11 +114,6 @@ class TrlDpoRounds:
         inputs = self.trainer.data_collator(self.rows[:n])
         with torch.no_grad():
             return float(self.trainer.compute_loss(self.trainer.model, inputs))
-
-
-def decided_pairs(pairs: PairBatch, n: int) -> PairBatch:
-    """The first ``n`` pairs that are no tie."""
-    return take(pairs, (pairs.target != 0.5).nonzero()[:n, 0])
 
 
 def token_rows(pairs: PairBatch) -> Rows:

@@ -45,6 +45,38 @@ def test_sampling_logprobs_are_the_trainers(tiny, sampler, temperature):
     assert (wrong - expected).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+def test_rows_that_leave_the_batch_change_no_logprobs(tiny, sampler, monkeypatch, family):
+    """Long answers, equal prompts, caches with and without room: still the trainer's numbers."""
+    from transformers import CONFIG_MAPPING as CONFIGS
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    from agents.engines import transformers_engine as engine
+
+    fields = {"n_head": 2, "n_embd": 16, "n_layer": 2} if family == "gpt2" else {}
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, **fields}
+    if family == "mistral":
+        size |= {"sliding_window": 4, "num_key_value_heads": 1, "intermediate_size": 24}
+    config = CONFIGS[family](vocab_size=tiny.vocabulary, initializer_range=0.3, **size)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert isinstance(engine.new_cache(model, 1), DynamicCache) == (family == "mistral")
+    left = []
+    for kind in (engine.RoomyLayer, engine.DynamicLayer):
+        select = kind.batch_select_indices
+
+        def selected(layer, rows, select=select):
+            left.append(len(rows))
+            select(layer, rows)
+
+        monkeypatch.setattr(kind, "batch_select_indices", selected)
+    ids, mask = (column[[0, 1, 0, 2, 2, 3]] for column in tiny.prompts(4))
+    sampled = sampler(max_new_tokens=16).sample(model, ids, mask, 8, 1)
+    assert len(set(left)) > 2, "rows left more than once"
+    expected = response_logprobs(model, sampled.sequences)
+    torch.testing.assert_close(sampled.logprobs, expected, rtol=0, atol=1e-5)
+
+
 def test_k_expands_prompt_major(tiny, sampler):
     ids, mask = tiny.prompts(4)
     sampled = sampler().sample(tiny.model(), ids, mask, 3, 0)

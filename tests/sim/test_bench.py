@@ -1,5 +1,6 @@
 """The bench on a tiny random model: its figures add up, and TRL's side does the same work."""
 
+import concurrent.futures
 import json
 
 import numpy as np
@@ -168,11 +169,11 @@ def test_operations_by_hand(scenario):
     assert weights_of(rounds.agent.reward_model.ctx.model) == Weights(policy.body, 16)
     assert Weights(10, 3).forward(5, 2) == 2 * (50 + 6)
     sequences, work = rounds.sequences(), rounds.operations()
-    answers, prompts = int(sequences.mask.sum()), int(sequences.prompt_mask.sum())
+    answers = int(sequences.mask.sum())
+    asked = {tuple(ids[mask == 1].tolist()) for ids, mask in zip(*sequences[:2], strict=True)}
+    prompts = sum(map(len, asked))
     forward = 2 * (policy.body * (prompts + answers) + policy.head * answers)
-    assert work["update"] == 3 * 2 * forward
-    sampled = 2 * (policy.body * (prompts / 4 + answers) + policy.head * answers)
-    assert work["sample"] == sampled
+    assert work["update"] == 3 * 2 * forward and work["sample"] == forward
 
 
 def test_stopwatch_gives_an_inner_stage_its_own_time(monkeypatch):
@@ -205,6 +206,9 @@ def test_machine_yardsticks():
         (["no_such_preset"], "preset='no_such_preset'; allowed: .*default"),
         (["--shape", "7b"], "shape='7b'; allowed: 100k"),
         (["--model", "x"], "--model and --data; allowed: both"),
+        (["--model", "x", "--shape", "1m"], "--model with shape"),
+        (["--growth", "x.png", "--against", "trl"], "--growth with against"),
+        (["--memory", "--threads", "1"], "--memory with threads"),
         (["--memory", "--vocabulary", "1"], "vocabulary=1; allowed: 16 to"),
     ],
 )
@@ -213,7 +217,24 @@ def test_bad_words_are_named(words, message):
         main(words)
 
 
-def test_memory_by_part_counts_what_is_there(capsys):
+@pytest.fixture
+def here(monkeypatch):
+    """Work of other processes is done in this one."""
+
+    class Here(concurrent.futures.Executor):
+        def __init__(self, *_, **__):
+            pass
+
+        def submit(self, work, *words):
+            future = concurrent.futures.Future()
+            future.set_result(work(*words))
+            return future
+
+    monkeypatch.setattr("sim.bench.memory.ProcessPoolExecutor", Here)
+    monkeypatch.setattr("sim.bench.growth.ProcessPoolExecutor", Here)
+
+
+def test_memory_by_part_counts_what_is_there(here, capsys):
     result = memory("100k", 50)
     for side in result["mib"].values():
         parts = side["parts"]
@@ -221,16 +242,21 @@ def test_memory_by_part_counts_what_is_there(capsys):
         assert parts["optimizer"] == pytest.approx(2 * parts["weights"], rel=0.01)
         # Answers of 24 words, their log-softmax in float32, in the two micro-batches of 128 rows.
         assert parts["logits"] == pytest.approx(128 * 24 * 50 * 4 / 2**20, rel=0.01)
-        assert side["sum"] == pytest.approx(sum(parts.values()))
+        assert parts["sampler's cache"] == 256 * 36 * 64 * 2 * 2 * 4 / 2**20
         assert parts["activations"] > parts["logits"]
     show_memory(result)
     assert "activations" in capsys.readouterr().out
 
 
-def test_tiles_bound_the_logits_that_are_kept(monkeypatch):
+def test_tiles_bound_the_logits_that_are_formed(here, monkeypatch):
     monkeypatch.setattr("agents.policy.TILE", 500)
     parts = memory("100k", 50)["mib"]["grpo"]["parts"]
-    assert parts["logits"] <= 500 * 4 / 2**20
+    assert parts["logits"] == 500 * 4 / 2**20
+
+
+def test_a_vocabulary_as_wide_as_the_layers_is_refused():
+    with pytest.raises(ValueError, match="vocabulary=128; allowed: not 64 or 128"):
+        memory("100k", 128)
 
 
 def test_random_policies_have_the_size_in_their_name(tmp_path):
@@ -242,14 +268,35 @@ def test_random_policies_have_the_size_in_their_name(tmp_path):
         assert body == pytest.approx({"100k": 1e5, "1m": 1e6}[name], rel=0.2)
 
 
-def test_growth_measures_and_draws(monkeypatch, tmp_path):
-    monkeypatch.setattr(growth, "AXES", {"tokens": growth.Axis("tokens", (2, 4), linear)})
-    curves = growth.growth(1)
+def linear(value, threads):
+    return [growth.Point(value, 0.5 * value, 100.0)]
+
+
+def test_growth_tells_and_draws(here, monkeypatch, tmp_path):
+    axis = growth.Axis("tokens", (2, 4), linear)
+    monkeypatch.setattr(growth, "AXES", {"tokens": axis, "rounds": axis._replace(flat=True)})
+    said = []
+    curves = dict(growth.growth(1, said.append))
     assert curves["tokens"]["exponent"] == pytest.approx(1.0)
-    assert [point["value"] for point in curves["tokens"]["points"]] == [2, 4]
-    drawn = plot_growth(curves | {"rounds": curves["tokens"]}, tmp_path / "new" / "growth.png")
+    assert curves["rounds"]["exponent"] is None
+    assert [point["value"] for point in curves["tokens"]["points"]] == [2, 4] and len(said) == 4
+    drawn = plot_growth(curves, tmp_path / "new" / "growth.png")
     assert drawn.stat().st_size > 10_000
 
 
-def linear(value, threads):
-    return [growth.Point(value, 0.5 * value, 100.0)]
+@pytest.mark.world
+@pytest.mark.parametrize("name", ["prompts", "responses", "annotators", "tokens", "parameters"])
+def test_every_axis_can_be_measured_at_its_ends(name, monkeypatch):
+    """The whole way to the first round; the rounds themselves take minutes."""
+    monkeypatch.setattr(OurRounds, "__call__", lambda rounds: {"round": 1.0})
+    axis = growth.AXES[name]
+    for value in (axis.values[0], axis.values[-1]):
+        (point,) = axis.measure(value, 1)
+        assert point.seconds == 1.0 and point.value > 0
+
+
+@pytest.mark.world
+def test_a_long_run_is_told_stretch_by_stretch():
+    points = growth.rounds(20, 1)
+    assert [point.value for point in points] == list(range(2, 21, 2))
+    assert all(point.seconds > 0 for point in points)
