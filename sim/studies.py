@@ -66,7 +66,7 @@ def tuning() -> list[Config]:
         GRPOConfig(beta=0.3),
         *(PPOConfig(lr=lr) for lr in (2e-4, 3e-4, 5e-4)),
         PPOConfig(kl=0.5),
-        *(DPOConfig(lr=lr) for lr in (2e-4, 4e-4)),
+        *(DPOConfig(lr=lr) for lr in (2e-4, 3e-4, 4e-4)),
         DPOConfig(beta=0.3),
         *(SFTConfig(lr=lr) for lr in (1e-4, 2e-4)),
     ]

@@ -38,7 +38,7 @@ from envs.usage import check_ranges
 class DPOConfig(OptimizerConfig):
     """Online DPO: the round's new labels, against the frozen reference."""
 
-    lr: float = 4e-4
+    lr: float = 3e-4
     """Learning rate."""
     minibatch: int = 32
     """Pairs per optimizer step."""
