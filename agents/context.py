@@ -131,8 +131,13 @@ class Context:
 
     @contextmanager
     def isolated_grads(self, accumulate: bool = False) -> Iterator[None]:
-        """Stash existing gradients, start clean; on leaving restore them or add the new ones."""
+        """Stash existing gradients, start clean; on leaving restore them or add the new ones.
+
+        Those of value heads too: whatever the optimizer owns.
+        """
         params = self.policy_params()
+        if self._optimizer is not None:
+            params = [p for group in self._optimizer.param_groups for p in group["params"]]
         stash = [p.grad for p in params]
         for p in params:
             p.grad = None

@@ -7,13 +7,20 @@ import torch
 
 from agents.context import Context
 from agents.defence import PHASES, Defence, DefenceStack, Report, defences
+from agents.defences.lisa import Lisa
+from agents.defences.vaccine import Vaccine, attention_outputs
 from agents.learners import learners
 from agents.learners.ppo import PPOConfig
 from agents.policy import response_logprobs
 
 LEARNERS = learners.names()
 DEFENCES = defences.names()
-OFF = {"refusal_loss": "refusal_loss(alpha=0)", "small_lr": "small_lr(divisor=1)"}
+OFF = {
+    "refusal_loss": "refusal_loss(alpha=0)",
+    "small_lr": "small_lr(divisor=1)",
+    "vaccine": "vaccine(rho=0)",
+    "lisa": "lisa(rho=0, alignment_steps=0)",
+}
 """Each defence at strength 0; a new defence states its own here."""
 NEVER_OFF = {"freeze"}
 """Defences that have no strength."""
@@ -84,6 +91,8 @@ def test_saved_and_loaded_mid_run_equals_uninterrupted(tiny, defence, learner):
     state = copy.deepcopy(first.state_dict())
     resumed = tiny.agent(learner, (defence,), seed=0)
     tiny.rounds(resumed, 0, 1)  # whatever it was before loading must not matter
+    for name, stack in resumed.stacks().items():
+        stack.load_state_dict(state["defences"][name])
     resumed.load_state_dict(state)
     learned = tiny.rounds(resumed, 2, 4)
     size = len(tiny.weights(resumed.policy.model))
@@ -205,6 +214,119 @@ def test_refusal_gradient_is_added_exactly(tiny, alpha):
     assert ratio == pytest.approx(float(alpha * refusal.norm() / own.norm()), rel=1e-5)
 
 
+def test_vaccine_perturbs_by_rho_where_it_hurts_most(tiny):
+    """Loss rises by rho times the gradient's norm; the step's gradient is the perturbed one's."""
+    rho = 1e-3
+    ctx = Context("policy", double_gpt2(tiny), None, None, tiny.roles())
+    ctx.optimizer = torch.optim.SGD(ctx.policy_params())
+    vaccine, user, losses = Vaccine(rho), tiny.sequences(6, 3), []
+    seen: list[torch.Tensor] = []
+
+    def run():
+        loss = ctx.lm_loss(user)
+        loss.backward()
+        losses.append(loss.item())
+        return Report({"loss": loss.item()})
+
+    def kept(call, states):
+        seen.append(states.detach())
+        return states
+
+    vaccine.backward(ctx, run)
+    gradient, norm = tiny.gradient(ctx.model), ctx.metrics["defence/vaccine/gradient_norm"]
+    assert losses[1] - losses[0] == pytest.approx(rho * norm, rel=1e-2)
+    ctx.model.zero_grad()
+    with attention_outputs(ctx.model, kept):
+        run()
+    assert len(seen) == 2, "one output a layer and forward pass"
+    plain = tiny.gradient(ctx.model)
+    assert 0 < (gradient - plain).norm() < 0.1 * plain.norm()
+    assert not any(m._forward_hooks for m in ctx.model.modules())
+
+
+def test_vaccine_on_a_quadratic(tiny):
+    """L = |e - a|^2 / 2: eps = rho (e - a) / |e - a|, gradient (1 + rho / |e - a|)(e - a)."""
+
+    class ToyAttention(torch.nn.Linear):
+        pass
+
+    model = torch.nn.Sequential(ToyAttention(1, 3, bias=False)).double()
+    ctx = Context("policy", model, None, None)
+    ctx.optimizer = torch.optim.SGD(ctx.policy_params())
+    target = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    away = (model(torch.ones(1, 1).double()).detach() - target)[0]
+
+    def run():
+        loss = (model(torch.ones(1, 1).double()) - target).square().sum() / 2
+        loss.backward()
+        return Report({"loss": loss.item()})
+
+    held = torch.full_like(model[0].weight, 7.0)
+    model[0].weight.grad = held.clone()
+    Vaccine(2.0).backward(ctx, run)
+    found = (model[0].weight.grad - held)[:, 0]
+    norm = away.norm()
+    torch.testing.assert_close(found, (1 + 2.0 / (norm + 1e-7)) * away)
+
+
+def test_lisa_takes_turns_and_ties_them(tiny):
+    agent = tiny.agent("sft", ("lisa(alignment_steps=2, user_steps=3)",))
+    lisa, ctx, turns = agent.stack.members[0], agent.stack.ctx, ""
+    for _ in range(12):
+        with agent.stack.phase("update"):
+            turns += lisa.turn[0]
+    assert turns == "aauuuaauuuaa"
+    assert ctx.step == 0, "the clock is the defence's own"
+
+
+@pytest.mark.parametrize(("rho", "user", "alignment"), [(1, 2 / 3, 1 / 3), (10, 11 / 21, 10 / 21)])
+def test_lisas_turns_meet_at_their_fixed_points(rho, user, alignment):
+    """f_alignment = w^2 / 2 and f_user = (w - 1)^2 / 2, each turn solved by one step."""
+    model = torch.nn.Linear(1, 1, bias=False).double()
+    ctx = Context("policy", model, None, None)
+    weight, ends = model.weight, {}
+    ctx.data["refusal"] = type("Role", (), {"next": lambda self, n: None})()
+    ctx.lm_loss = lambda _rows: weight.square().sum() / 2
+    lisa = Lisa(rho=rho, alignment_steps=1, user_steps=1)
+    lisa.prepare(ctx)
+
+    def run():
+        (weight - 1).square().sum().div(2).backward()
+        return Report({})
+
+    for _ in range(400):
+        with lisa.phase(ctx, "update"):
+            weight.grad = None
+            lisa.backward(ctx, run)
+            with torch.no_grad():
+                weight -= weight.grad / (
+                    1 + rho
+                )  # one step solves a quadratic of curvature 1 + rho
+            ends[lisa.turn] = weight.item()
+    assert ends["user"] == pytest.approx(user, abs=1e-6)
+    assert ends["alignment"] == pytest.approx(alignment, abs=1e-6)
+
+
+def test_anchored_lisa_stops_between_data_and_start():
+    model = torch.nn.Linear(1, 1, bias=False).double()
+    ctx = Context("policy", model, None, None)
+    torch.nn.init.zeros_(model.weight)
+    lisa = Lisa(rho=100.0, mode="anchor")
+    assert not lisa.needs
+    lisa.prepare(ctx)
+
+    def run():
+        (model.weight - 1).square().sum().div(2).backward()
+        return Report({})
+
+    for _ in range(3):
+        model.weight.grad = None
+        lisa.backward(ctx, run)
+        with torch.no_grad():
+            model.weight -= model.weight.grad / 101
+    assert model.weight.item() == pytest.approx(1 / 101)
+
+
 def test_lm_loss_is_the_mean_over_answer_tokens(tiny):
     ctx, rows = tiny.stack().ctx, tiny.sequences(4, 2)
     logp = response_logprobs(ctx.model, rows)
@@ -245,6 +367,9 @@ def test_refusal_loss_makes_refusals_likelier_and_harder_with_strength(tiny):
     [
         ("refusal_loss(alpha=-1)", r"alpha=-1; allowed: >= 0"),
         ("refusal_loss(batch=0)", r"batch=0; allowed: >= 1"),
+        ("vaccine(rho=-1)", r"vaccine.rho=-1; allowed: >= 0"),
+        ("lisa(mode='x')", r"lisa.mode='x'; allowed: bi_state, anchor"),
+        ("lisa(user_steps=0)", r"lisa.user_steps=0; allowed: >= 1"),
         ("small_lr(divisor=0.5)", r"divisor=0.5; allowed: >= 1"),
         ("refusal_loss(beta=1)", r"allowed: alpha, batch"),
         ("no_such_defence", r"unknown name 'no_such_defence'; allowed: .*refusal_loss"),
