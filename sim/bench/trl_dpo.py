@@ -60,10 +60,11 @@ class TrlDpoRounds:
     def __init__(
         self, scenario: Scenario, config: DPOConfig, pairs: PairBatch, per_device: int, rounds: int
     ):
-        from datasets import Dataset
+        from datasets import Dataset, disable_progress_bars
         from trl import DPOConfig as TheirConfig
         from trl import DPOTrainer
 
+        disable_progress_bars()
         self.rows = token_rows(pairs)
         tokenizer = load_tokenizer(scenario.tokenizer)
         text = {name.removesuffix("_ids"): tokenizer.decode(i) for name, i in self.rows[0].items()}
