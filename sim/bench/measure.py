@@ -137,7 +137,7 @@ def _dpo_beside_trl(
     """Add a DPO round on the pairs that people decided lately, ours and TRL's in turn."""
     from agents.batches import take
     from agents.learners.dpo import DPOConfig
-    from sim.bench.trl_dpo import OurDpoRounds, TrlDpoRounds, fastest
+    from sim.bench.trl_dpo import OurDpoRounds, TrlDpoRounds, best_batch
 
     learner = DPOConfig()
     decided = (pairs.target != 0.5).nonzero()[:, 0]
@@ -147,7 +147,7 @@ def _dpo_beside_trl(
     if not n:
         return
     pairs = take(pairs, decided[:n])
-    size, tried = fastest(scenario, learner, pairs)
+    size, tried = best_batch(scenario, learner, pairs)
     ours = OurDpoRounds(config, scenario, pairs)
     trl = TrlDpoRounds(scenario, learner, pairs, size, WARM + repetitions)
     rows: list[dict[str, float]] = []

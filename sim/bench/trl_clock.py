@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from agents.learners.update import OptimizerConfig
+
 
 def train_in_rounds(trainer: Any, steps: int, finished: Callable[[int, float], None]) -> None:
     """One uninterrupted ``train()``, told off in rounds of ``steps`` optimizer steps.
@@ -38,6 +40,39 @@ def train_in_rounds(trainer: Any, steps: int, finished: Callable[[int, float], N
     trainer.add_callback(Clock())
     with global_rng_restored():
         trainer.train()
+
+
+def plain_arguments(learner: OptimizerConfig, per_device: int, folder: str) -> dict[str, Any]:
+    """What both of TRL's configs are told: our optimizer, and nothing beside training."""
+    return {
+        "output_dir": folder,
+        "per_device_train_batch_size": per_device,
+        "gradient_accumulation_steps": learner.minibatch // per_device,
+        "learning_rate": learner.lr,
+        "lr_scheduler_type": "constant",
+        "adam_beta1": learner.betas[0],
+        "adam_beta2": learner.betas[1],
+        "weight_decay": learner.weight_decay,
+        "max_grad_norm": learner.max_grad_norm,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def fastest(sizes: list[int], build: Callable[[int], Any]) -> tuple[int, dict[int, float]]:
+    """The fastest of ``sizes`` per forward, and seconds per round of each, the first left out."""
+    seconds = {}
+    for size in sizes:
+        tried = build(size)
+        tried.run()
+        seconds[size] = min(row["round"] for row in tried.seconds[1:])
+    return min(seconds, key=lambda size: seconds[size]), seconds
 
 
 @contextmanager

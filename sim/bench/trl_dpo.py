@@ -16,10 +16,10 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from agents.batches import PairBatch, Sequences
+from agents.batches import PairBatch, Sequences, winners
 from agents.learners.dpo import DPO, DPOConfig
 from agents.policy import load_causal_lm, load_tokenizer
-from sim.bench.trl_clock import global_rng_restored, train_in_rounds
+from sim.bench.trl_clock import fastest, global_rng_restored, plain_arguments, train_in_rounds
 from sim.config import Config
 from sim.factory import make_agent
 from sim.scenario import Scenario
@@ -76,25 +76,9 @@ class TrlDpoRounds:
                 model=load_causal_lm(scenario.policy),
                 ref_model=load_causal_lm(scenario.policy),
                 args=TheirConfig(
-                    output_dir=self._folder.name,
-                    per_device_train_batch_size=per_device,
-                    gradient_accumulation_steps=config.minibatch // per_device,
+                    **plain_arguments(config, per_device, self._folder.name),
                     max_steps=rounds * self.steps,
-                    learning_rate=config.lr,
-                    lr_scheduler_type="constant",
-                    adam_beta1=config.betas[0],
-                    adam_beta2=config.betas[1],
-                    weight_decay=config.weight_decay,
-                    max_grad_norm=config.max_grad_norm,
                     beta=config.beta,
-                    gradient_checkpointing=False,
-                    bf16=False,
-                    use_cpu=True,
-                    dataloader_pin_memory=False,
-                    logging_strategy="no",
-                    save_strategy="no",
-                    report_to="none",
-                    disable_tqdm=True,
                 ),
                 train_dataset=Dataset.from_list([text]),  # it insists on text; ids come below
                 processing_class=tokenizer,
@@ -118,14 +102,11 @@ class TrlDpoRounds:
 
 
 def token_rows(pairs: PairBatch) -> Rows:
-    """Pairs as the token ids that TRL's collator takes."""
-    first = (pairs.target > 0.5)[:, None]
-    chosen, rejected = (
-        [torch.where(side, a, b) for a, b in zip(pairs.a, pairs.b, strict=True)]
-        for side in (first, ~first)
-    )
+    """Decided pairs as the token ids that TRL's collator takes."""
+    chosen = winners(pairs).sequences
+    rejected = winners(replace(pairs, target=1 - pairs.target)).sequences
     columns = {
-        "prompt_ids": (pairs.a.prompt_ids, pairs.a.prompt_mask),
+        "prompt_ids": chosen[:2],
         "chosen_ids": chosen[2:],
         "rejected_ids": rejected[2:],
     }
@@ -135,14 +116,9 @@ def token_rows(pairs: PairBatch) -> Rows:
     ]
 
 
-def fastest(
+def best_batch(
     scenario: Scenario, config: DPOConfig, pairs: PairBatch, rounds: int = 3
 ) -> tuple[int, dict[int, float]]:
     """TRL's fastest number of pairs per forward, and seconds per round of each that was tried."""
     sizes = [config.minibatch // d for d in (1, 2, 4) if config.minibatch % d == 0]
-    seconds = {}
-    for size in sizes:
-        tried = TrlDpoRounds(scenario, config, pairs, size, rounds)
-        tried.run()
-        seconds[size] = min(row["round"] for row in tried.seconds[1:])
-    return min(seconds, key=lambda size: seconds[size]), seconds
+    return fastest(sizes, lambda size: TrlDpoRounds(scenario, config, pairs, size, rounds))

@@ -29,7 +29,7 @@ from agents.learners import grpo
 from agents.policy import Policy, load_causal_lm, load_tokenizer, response_logprobs
 from sim.bench.reward_loop import PlainRewardLoop, ask_ahead
 from sim.bench.rounds import Stopwatch
-from sim.bench.trl_clock import global_rng_restored, train_in_rounds
+from sim.bench.trl_clock import fastest, global_rng_restored, plain_arguments, train_in_rounds
 from sim.config import Config
 from sim.scenario import Scenario
 
@@ -61,34 +61,18 @@ class TrlRounds:
         answers = config.feedback.batch * config.feedback.responses
         rounds = len(texts) // config.feedback.batch
         args = GRPOConfig(
-            output_dir=self._folder.name,
-            per_device_train_batch_size=per_device,
-            gradient_accumulation_steps=learner.minibatch // per_device,
+            **plain_arguments(learner, per_device, self._folder.name),
             generation_batch_size=answers,
             num_iterations=learner.epochs,
             num_generations=config.feedback.responses,
             max_completion_length=config.sampler.max_new_tokens,
             temperature=config.sampler.temperature,
             max_steps=rounds * self.optimizer_steps,
-            learning_rate=learner.lr,
-            lr_scheduler_type="constant",
-            adam_beta1=learner.betas[0],
-            adam_beta2=learner.betas[1],
-            weight_decay=learner.weight_decay,
-            max_grad_norm=learner.max_grad_norm,
             loss_type=learner.loss_type,
             beta=learner.beta,
             epsilon=learner.clip,
             use_bias_correction_kl=learner.kl_correction,
             shuffle_dataset=False,
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            dataloader_pin_memory=False,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
         )
         trainer = GRPOTrainer(
             model=load_causal_lm(self.scenario.policy),
@@ -171,9 +155,4 @@ def best_batch(config: Config, scenario: Scenario, rounds: int = 3) -> tuple[int
     minibatch, group = config.learner.minibatch, config.feedback.responses
     sizes = [minibatch // d for d in (1, 2, 4, 8) if minibatch % d == 0 and minibatch // d >= group]
     texts = ask_ahead(config, scenario, rounds)
-    seconds = {}
-    for size in sizes:
-        tried = TrlRounds(config, scenario, texts, size)
-        tried.run()
-        seconds[size] = min(row["round"] for row in tried.seconds[1:])
-    return min(seconds, key=lambda size: seconds[size]), seconds
+    return fastest(sizes, lambda size: TrlRounds(config, scenario, texts, size))
