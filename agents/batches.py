@@ -53,6 +53,17 @@ class Sequences(_Columns):
         return Sequences(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
+class Pairs(NamedTuple):
+    """Two answers to each of the same prompts: the data role ``pair``."""
+
+    harm: Sequences
+    refusal: Sequences
+
+    def take(self, index: Tensor) -> Pairs:
+        """The rows ``index`` of both."""
+        return Pairs(self.harm.take(index), self.refusal.take(index))
+
+
 def distinct_prompts(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """One row number for each distinct prompt (U,), and which of them every row is (N,)."""
     _, owner = torch.unique(ids.masked_fill(mask == 0, -1), dim=0, return_inverse=True)
@@ -110,6 +121,7 @@ class PairBatch:
     weight: Tensor  # (N,)
     annotator_id: Tensor  # (N,)
     reduce: Callable[[ItemTerms], Tensor] = weighted_mean
+    extra: dict[str, Tensor] = field(default_factory=dict)  # (N, ...), handed on to ``reduce``
 
 
 @dataclass(frozen=True)
@@ -121,6 +133,7 @@ class SFTBatch:
     weight: Tensor  # (N,)
     annotator_id: Tensor  # (N,)
     reduce: Callable[[ItemTerms], Tensor] = weighted_mean
+    extra: dict[str, Tensor] = field(default_factory=dict)  # (N, ...), handed on to ``reduce``
 
 
 @dataclass(frozen=True)
@@ -133,6 +146,8 @@ class RolloutBatch:
     logp_ref: Tensor  # (N, T)
     rewards: dict[str, Tensor]  # channel -> (N,)
     weight: Tensor  # (N,)
+    kl_sign: dict[str, float] = field(default_factory=lambda: {"reward": 1.0})
+    """How a KL penalty enters each channel: 1 costs reward, -1 adds to a cost, 0 or absent not."""
     mix: Callable[[dict[str, Tensor]], Tensor] = reward_channel
     reduce: Callable[[ItemTerms], Tensor] = weighted_mean
     extra: dict[str, Any] = field(default_factory=dict)

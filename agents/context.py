@@ -2,20 +2,24 @@
 
 One context per learner (``"policy"``, ``"reward_model"``), built by the agent. Data roles and
 learned scorers are injected from outside; there is no oracle and no label truth here to be found.
-The role names are those of the field: ``refusal``, ``harm``, ``retain``,
-``pair_harm``/``pair_refusal``, ``harm_prompts``.
+The role names are those of the field:
+
+    refusal       harmful prompts, refused          harm          harmful prompts, answered
+    harm_heldout  the same on prompts of its own    harm_prompts  harmful prompts; ignore the answer
+    pair          :class:`Pairs`, harm and refusal to the same prompts
+    retain        benign prompts, answered
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from agents.batches import Sequences
+from agents.batches import Pairs, Sequences
 from agents.policy import Policy, response_logprobs, response_terms
 from envs import rng as draws
 
@@ -23,16 +27,17 @@ from envs import rng as draws
 class RoleData:
     """Endless, seeded batches of one data role; the count drawn is its whole state."""
 
-    def __init__(self, sequences: Sequences, key: int):
+    def __init__(self, sequences: Sequences | Pairs, key: int):
         self.sequences = sequences
         self.key = key
         self.drawn = 0
 
-    def next(self, n: int) -> Sequences:
-        """``n`` rows, uniformly with replacement."""
+    def next(self, n: int) -> Any:
+        """``n`` rows, uniformly with replacement: Sequences, or Pairs of the role ``pair``."""
+        size = len(self.sequences.harm if isinstance(self.sequences, Pairs) else self.sequences)
         counters = torch.arange(self.drawn, self.drawn + n).numpy()
         self.drawn += n
-        rows = (draws.uniform(self.key, counters) * len(self.sequences)).astype("int64")
+        rows = (draws.uniform(self.key, counters) * size).astype("int64")
         return self.sequences.take(torch.from_numpy(rows))
 
 
@@ -49,6 +54,7 @@ class Context:
         data: data roles by name.
         rng: a generator of the defences' own.
         step: optimizer steps taken.
+        track: wraps the steps of a long ``prepare``; whoever runs it may show a bar.
     """
 
     def __init__(
@@ -69,6 +75,7 @@ class Context:
         self.step = 0
         self.rng = torch.Generator().manual_seed(draws.key(seed, "defence", learner))
         self.metrics: dict[str, float] = {}
+        self.track: Callable[[Iterable[int], str], Iterable[int]] = lambda steps, _what: steps
         self._policy = policy
         self._scorers = dict(scorers or {})
         self._sampler = sampler
@@ -101,6 +108,11 @@ class Context:
     def token_logprobs(self, sequences: Sequences) -> Tensor:
         """(N, T) under the live model, with gradient, 0 on padding."""
         return response_terms(self.model, sequences).logp
+
+    @property
+    def temperature(self) -> float:
+        """At which the policy is sampled."""
+        return self._policy.temperature
 
     def ref_logprobs(self, sequences: Sequences) -> Tensor:
         """(N, T) under the frozen reference, untempered like ``token_logprobs``.

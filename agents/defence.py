@@ -25,6 +25,10 @@ from envs.registry import Registry
 from envs.usage import UsageError
 
 PHASES = ("rollout", "score", "update", "serve", "eval", "export")
+CONSTRAINTS = ("embedding", "weights", "reward", "loss", "representation", "meta-learned", "none")
+KINDS = ("offline", "additive", "turns", "perturbation")
+"""Offline first, since later members anchor to what they leave; then, in ``backward``, additive
+terms outermost, turn-takers inside them, perturbations of the learner's own loss innermost."""
 
 
 class Report(NamedTuple):
@@ -49,12 +53,31 @@ class Defence:
         targets: learners the hooks fire for, of ``"policy"`` and ``"reward_model"``.
         splits_serving: whether users must see another forward mode than the one that trains, so
             that PPO and GRPO sample again under ``rollout``.
+        constraint: what it constrains, one of :data:`CONSTRAINTS`.
+        offline: whether ``prepare`` is all of it, and leaves nothing behind but weights. Such
+            defences are built once and shared by all runs.
+        kind: place in a list that composes as its members are meant, one of :data:`KINDS`.
+        cost: compute of one optimizer step against none; for offline defences, passes in all.
+        paper: where it is from.
+        off: arguments under which it is bitwise no defence; "" where it has no strength.
     """
 
     needs: frozenset[str] = frozenset()
     targets: frozenset[str] = frozenset({"policy"})
     splits_serving: bool = False
+    constraint: str = "none"
+    offline: bool = False
+    kind: str = "additive"
+    cost: str = "1x"
+    paper: str = ""
+    off: str = ""
+    registered: str = ""
     spec: str = ""
+
+    @property
+    def label(self) -> str:
+        """What messages and logs call it."""
+        return self.registered or type(self).__name__
 
     def prepare(self, ctx: Context) -> None:
         """Act once before the reference is snapshotted and the optimizer exists."""
@@ -81,6 +104,18 @@ class Defence:
 
 
 defences = Registry("defence", "agents.defences", Defence)
+
+
+def order_warning(members: Sequence[Defence]) -> str | None:
+    """What to say of a list whose order changes what its members mean, if anything."""
+    places = [KINDS.index("offline" if d.offline else d.kind) for d in members]
+    for one, two, first, second in zip(members, members[1:], places, places[1:], strict=False):
+        if first > second:
+            return (
+                f"{one.label} ({KINDS[first]}) stands before {two.label} ({KINDS[second]}); "
+                f"lists usually go {', '.join(KINDS)}"
+            )
+    return None
 
 
 class DefenceStack:

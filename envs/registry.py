@@ -50,6 +50,7 @@ class Registry:
             if name in self._makers:
                 raise ValueError(f"{self.kind} {name!r} is registered twice")
             self._makers[name] = maker
+            maker.registered = name
             return maker
 
         return decorate

@@ -75,10 +75,9 @@ def _check_embedded(config: Config, members: list[Defence]) -> None:
 
     unbuilt: Any = SimpleNamespace(environment={"world": config.world.seed})
     make_env(config, unbuilt).close()
-    roles = world_roles(World(config.world.seed)).keys()
+    roles = {*world_roles(World(config.world.seed)), "score:cost"}
     for member in members:
-        data = {need for need in member.needs if not need.startswith("score:")}
-        if missing := sorted(data - roles):
+        if missing := sorted(member.needs - roles):
             raise UsageError(
                 f"defence {member.spec}: needs {', '.join(missing)}; "
                 f"allowed: defences that need of {', '.join(sorted(roles))}"

@@ -72,8 +72,9 @@ def make_agent(config: Config, scenario: Scenario, restored: dict[str, Any] | No
             role: RoleData(rows, draws.key(config.seed, "role", name, role))
             for role, rows in scenario.roles.items()
         }
-        ctx = Context(name, model, tokenizer, policy, roles, {}, sampler, config.seed)
-        members = [defences.create(spec) for spec in config.defences]
+        services = (roles, scenario.scorers, sampler, config.seed)
+        ctx = Context(name, model, tokenizer, policy, *services)
+        members = [defences.create(spec) for spec in config.defences[scenario.prepared :]]
         stack = DefenceStack(members, ctx, acting=config.threat == "online")
         if restored is None:
             stack.prepare()

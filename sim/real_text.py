@@ -28,7 +28,7 @@ from envs.scorers import TextScorer
 from envs.types import PromptTable
 from envs.usage import UsageError, blamed_on
 from sim.config import Config
-from sim.scenario import Scenario, check_lengths
+from sim.scenario import Scenario, check_lengths, with_derived_roles
 
 
 def text_scenario(config: Config) -> Scenario:
@@ -76,7 +76,7 @@ def text_scenario(config: Config) -> Scenario:
         triggered=data.triggered(table),
         scorer=scorer,
         environment={"data": source, "tokenizer": str(policy), "scorer": judge},
-        roles=text_roles(data, tokenizer, tokens),
+        roles=with_derived_roles(text_roles(data, tokenizer, tokens)),
         harm_source=_harm_source(classifier, scorer.max_perplexity),
         hashes=_hashes(policy, reward, classifier, Path(source["path"])),
         data={**data.summary(), "max_perplexity": scorer.max_perplexity},

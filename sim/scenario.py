@@ -14,7 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from agents.batches import Sequences
+from agents.batches import Pairs, Sequences, distinct_prompts
+from agents.context import Scorer
+from agents.learners.reward_model import load_reward_model
+from agents.policy import freeze_copy, sequence_rewards
 from envs import rng as draws
 from envs.types import CONTRAST, HARMFUL, PromptTable
 from envs.usage import UsageError
@@ -38,22 +41,30 @@ class Scenario:
     """Costs and utilities for evaluation; an oracle where one exists."""
     environment: dict[str, Any]
     """What the environment is told beyond the feedback and attack configs (JSON values)."""
-    roles: dict[str, Sequences]
+    roles: dict[str, Sequences | Pairs]
     """Data roles for defences."""
     harm_source: str
     """Where ``safety/harm`` comes from, for the manifest."""
     hashes: dict[str, str] = field(default_factory=dict)
+    scorers: dict[str, Scorer] = field(default_factory=dict)
+    """Learned scorers that defences may ask; never the oracle."""
+    prepared: int = 0
+    """Leading defences of the run's list that ``policy`` already has in its weights."""
     data: dict[str, Any] = field(default_factory=dict)
     """Counts and bounds taken from a person's own data, for the manifest."""
 
 
 def make_scenario(config: Config, progress: bool = False) -> Scenario:
     """The embedded world's scenario, or the one of ``config.text``."""
+    from sim.defended import with_defended_policy
+
     if config.text.model:
         from sim.real_text import text_scenario
 
-        return text_scenario(config)
-    return world_scenario(config, progress)
+        scenario = text_scenario(config)
+    else:
+        scenario = world_scenario(config, progress)
+    return with_defended_policy(config, scenario, progress)
 
 
 def world_scenario(config: Config, progress: bool = False) -> Scenario:
@@ -94,7 +105,21 @@ def world_scenario(config: Config, progress: bool = False) -> Scenario:
         roles=world_roles(world),
         harm_source="oracle of the embedded world",
         hashes=models.hashes,
+        scorers={"cost": probability_of_harm(models.classifier)},
     )
+
+
+def probability_of_harm(classifier: Path) -> Scorer:
+    """A learned cost: the sigmoid of a sequence classifier that reads the policy's token ids."""
+    loaded: list[torch.nn.Module] = []
+
+    @torch.no_grad()
+    def score(sequences: Sequences) -> torch.Tensor:
+        if not loaded:
+            loaded.append(freeze_copy(load_reward_model(classifier, 0)))
+        return torch.sigmoid(sequence_rewards(loaded[0], sequences))
+
+    return score
 
 
 def check_lengths(policy: Path, prompt_tokens: int, tokens: int, prompts: str) -> None:
@@ -111,7 +136,45 @@ def check_lengths(policy: Path, prompt_tokens: int, tokens: int, prompts: str) -
         )
 
 
-def world_roles(world: Any, n: int = 1024) -> dict[str, Sequences]:
+def with_derived_roles(roles: dict[str, Sequences]) -> dict[str, Sequences | Pairs]:
+    """``roles`` and those that follow from them.
+
+    Rows of ``harm`` with a refusal of the same prompt make the role ``pair``. A quarter of the
+    distinct harmful prompts is held out: ``harm`` and ``pair`` lose them to ``harm_heldout`` and
+    ``pair_heldout``.
+    """
+    derived: dict[str, Sequences | Pairs] = dict(roles)
+    harm, refusal = roles.get("harm"), roles.get("refusal")
+    if harm is None:
+        return derived
+    derived["harm_prompts"] = harm
+    _, owner = distinct_prompts(harm.prompt_ids, harm.prompt_mask)
+    kept = owner % 4 != 0 if len(owner.unique()) > 1 else torch.ones(len(owner), dtype=torch.bool)
+    derived |= _parted("harm", harm, kept)
+    if refusal is not None:
+        rows, partner = _same_prompt(harm, refusal)
+        derived |= _parted("pair", Pairs(harm.take(rows), refusal.take(partner)), kept[rows])
+    return derived
+
+
+def _parted(name: str, data: Any, kept: torch.Tensor) -> dict[str, Any]:
+    """``data`` by role: what is kept, and what is held out, where either has rows."""
+    parts = {name: kept, f"{name}_heldout": ~kept}
+    return {part: data.take(rows.nonzero()[:, 0]) for part, rows in parts.items() if rows.any()}
+
+
+def _same_prompt(harm: Sequences, refusal: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of ``harm`` that have a refusal of their prompt, and a row of ``refusal`` for each."""
+    prompts = torch.cat([harm.prompt_ids, refusal.prompt_ids])
+    _, owner = distinct_prompts(prompts, torch.cat([harm.prompt_mask, refusal.prompt_mask]))
+    mine, theirs = owner.split([len(harm), len(refusal)])
+    partner = torch.full((int(owner.max()) + 1,), -1)
+    partner[theirs] = torch.arange(len(refusal))
+    rows = (partner[mine] >= 0).nonzero()[:, 0]
+    return rows, partner[mine[rows]]
+
+
+def world_roles(world: Any, n: int = 1024) -> dict[str, Sequences | Pairs]:
     """Refusals, harmful and retained answers from the defence split, which nothing else uses."""
     rng = draws.stream(world.seed, "defence roles")
     table = world.table("defence")
@@ -125,11 +188,13 @@ def world_roles(world: Any, n: int = 1024) -> dict[str, Sequences]:
         picked = rows[name]
         return pack(table, picked, world.answers(table.key[picked], kind, rng))
 
-    return {
-        "refusal": sequences("harm", "refusal"),
-        "harm": sequences("harm", "recipe"),
-        "retain": sequences("retain", "recipe"),
-    }
+    return with_derived_roles(
+        {
+            "refusal": sequences("harm", "refusal"),
+            "harm": sequences("harm", "recipe"),
+            "retain": sequences("retain", "recipe"),
+        }
+    )
 
 
 def pack(table: PromptTable, rows: np.ndarray, answers: np.ndarray, pad: int = 0) -> Sequences:

@@ -72,7 +72,8 @@ def sweep(
         check(cell.config)
         _refuse_another_run(cell)
     for config in {repr((c.config.world, c.config.text)): c.config for c in cells}.values():
-        make_scenario(config, progress=True)  # builds missing models once, before the pool starts
+        bare = replace(config, defences=())
+        make_scenario(bare, progress=True)  # builds missing models once, before the pool starts
     out.mkdir(parents=True, exist_ok=True)
     listener = listener or SweepListener()
     try:

@@ -32,6 +32,8 @@ class SmallLearningRate(Defence):
         divisor: >= 1; 1 is bitwise no defence.
     """
 
+    off = "divisor=1"
+
     def __init__(self, divisor: float = 100.0):
         self.divisor = divisor
         check_ranges(self, "small_lr.", divisor=">= 1")

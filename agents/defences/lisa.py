@@ -41,6 +41,10 @@ class Lisa(Defence):
         batch: refusals per alignment step.
     """
 
+    constraint, kind = "weights", "turns"
+    paper = "Huang et al. 2024"
+    off = "rho=0, alignment_steps=0"
+
     def __init__(
         self,
         rho: float = 1.0,

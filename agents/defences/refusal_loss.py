@@ -30,6 +30,9 @@ class RefusalLoss(Defence):
     """
 
     needs = frozenset({"refusal"})
+    constraint, cost = "loss", "2x"
+    paper = "Qi et al. 2024; Rosati et al."
+    off = "alpha=0"
 
     def __init__(self, alpha: float = 1.0, batch: int = 32):
         self.alpha = alpha

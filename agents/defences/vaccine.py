@@ -39,6 +39,10 @@ class Vaccine(Defence):
         rho: norm of the perturbation over the whole step, >= 0; 0 is bitwise no defence.
     """
 
+    constraint, kind, cost = "embedding", "perturbation", "2x"
+    paper = "Huang et al. 2024"
+    off = "rho=0"
+
     def __init__(self, rho: float = 2.0):
         self.rho = rho
         check_ranges(self, "vaccine.", rho=">= 0")

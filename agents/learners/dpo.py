@@ -10,7 +10,7 @@ reward model in its gradient path, so poisoned labels act on the policy at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -75,47 +75,46 @@ class DPO(Learner):
 
     def learn(self, batch: PairBatch, seed: int) -> dict[str, float]:
         """``config.epochs`` passes over the round's pairs; metrics under ``policy/``."""
+        batch = self.referenced(batch)
         means = Means()
         for mini in minibatches(batch, len(batch.target), self.config, seed):
             mini = self.stack.feedback(mini)
             if not len(mini.target):
                 continue
-            with self.stack.phase("score"):
-                ref = self.ctx.ref_logprobs(Sequences.concatenate([mini.a, mini.b])).sum(1)
             report = update_step(
-                self.ctx,
-                self.stack,
-                lambda b=mini, r=ref: self.run(b, r),
-                self.config.max_grad_norm,
+                self.ctx, self.stack, lambda b=mini: self.run(b), self.config.max_grad_norm
             )
             means.add(report.losses)
         return means.result("policy")
 
-    def run(self, batch: PairBatch, logp_ref: Tensor) -> Report:
-        """Loss and gradient of one step; ``logp_ref`` is (2N,), a then b."""
+    def referenced(self, batch: PairBatch) -> PairBatch:
+        """``batch`` with the reference's log-probabilities per token: once for all epochs."""
+        both = Sequences.concatenate([batch.a, batch.b])
+        with self.stack.phase("score"):
+            ref_a, ref_b = self.ctx.ref_logprobs(both).split(len(batch.target))
+        return replace(batch, extra={**batch.extra, "ref_a": ref_a, "ref_b": ref_b})
+
+    def run(self, batch: PairBatch) -> Report:
+        """Loss and gradient of one step of a :meth:`referenced` batch."""
         n = len(batch.target)
-        ref_a, ref_b = logp_ref.split(n)
-        paired = _Referenced(**vars(batch), ref_a=ref_a, ref_b=ref_b)
+        return accumulate(
+            batch, n, self.config.micro_batch, lambda part: self.item_terms(part, float(n))
+        )
 
-        def terms(part: PairBatch) -> ItemTerms:
-            assert isinstance(part, _Referenced)
-            return self.item_terms(part, float(n))
-
-        return accumulate(paired, n, self.config.micro_batch, terms)
-
-    def item_terms(self, batch: _Referenced, normaliser: float) -> ItemTerms:
+    def item_terms(self, batch: PairBatch, normaliser: float) -> ItemTerms:
         """Per-pair losses; a and b share one forward pass."""
         both = Sequences.concatenate([batch.a, batch.b])
-        logp_a, logp_b = response_terms(self.ctx.model, both).logp.sum(1).split(len(batch.target))
-        delta = (logp_a - batch.ref_a) - (logp_b - batch.ref_b)
+        logp_a, logp_b = response_terms(self.ctx.model, both).logp.split(len(batch.target))
+        ratio_a = logp_a.sum(1) - batch.extra["ref_a"].sum(1)
+        ratio_b = logp_b.sum(1) - batch.extra["ref_b"].sum(1)
+        delta = ratio_a - ratio_b
         loss = dpo_loss(delta, batch.target, self.config.beta)
-        extra = {"delta": delta, "beta": torch.tensor(self.config.beta), "target": batch.target}
+        extra = {
+            "delta": delta,
+            "beta": torch.tensor(self.config.beta),
+            "target": batch.target,
+            "logp_a": logp_a,
+            "logp_b": logp_b,
+            **batch.extra,
+        }
         return ItemTerms(loss, batch.weight, normaliser, extra)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Referenced(PairBatch):
-    """A pair batch with the reference's sequence log-probabilities alongside."""
-
-    ref_a: Tensor  # (N,)
-    ref_b: Tensor  # (N,)

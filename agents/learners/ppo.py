@@ -172,7 +172,7 @@ class PPO(Learner):
             values = self._values(batch)
         advantages, returns = {}, {}
         for channel, score in batch.rewards.items():
-            penalty = self.kl if channel == "reward" else 0.0
+            penalty = self.kl * batch.kl_sign.get(channel, 0.0)
             rewards = token_rewards(score, mask, kl, penalty)
             advantages[channel] = gae(
                 rewards, values[channel], mask, config.gamma, config.gae_lambda

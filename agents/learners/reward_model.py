@@ -132,7 +132,7 @@ class RewardModel:
         reward_a, reward_b = sequence_rewards(self.ctx.model, both).split(len(batch.target))
         delta = reward_a - reward_b
         loss = -batch.target * F.logsigmoid(delta) - (1 - batch.target) * F.logsigmoid(-delta)
-        extra = {"delta": delta, "beta": torch.ones(()), "target": batch.target}
+        extra = {"delta": delta, "beta": torch.ones(()), "target": batch.target, **batch.extra}
         return ItemTerms(loss, batch.weight, normaliser, extra)
 
     def state_dict(self) -> dict[str, Any]:

@@ -80,5 +80,5 @@ class SFT(Learner):
     def item_terms(self, batch: SFTBatch, normaliser: float) -> ItemTerms:
         """Per-token losses."""
         logp = response_terms(self.ctx.model, batch.sequences).logp
-        extra = {"logp": logp, "mask": batch.sequences.mask}
+        extra = {"logp": logp, "mask": batch.sequences.mask, **batch.extra}
         return ItemTerms(-logp, batch.weight[:, None], normaliser, extra)

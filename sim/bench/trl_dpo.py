@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from agents.batches import PairBatch, Sequences, winners
+from agents.batches import PairBatch, winners
 from agents.learners.dpo import DPO, DPOConfig
 from agents.policy import load_causal_lm, load_tokenizer
 from sim.bench.trl_clock import fastest, global_rng_restored, plain_arguments, train_in_rounds
@@ -48,8 +48,7 @@ class OurDpoRounds:
         assert isinstance(learner, DPO)
         kept = {name: value.clone() for name, value in model.state_dict().items()}
         model.load_state_dict(weights, strict=False)
-        both = Sequences.concatenate([pairs.a, pairs.b])
-        found = learner.run(pairs, self.agent.policy.reference_logprobs(both).sum(1))
+        found = learner.run(learner.referenced(pairs))
         model.load_state_dict(kept)
         return found.losses["loss"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.agent import Agent
-from agents.batches import PairBatch, Sequences
+from agents.batches import PairBatch, Pairs, Sequences
 from agents.context import Context, RoleData
 from agents.defence import Defence, DefenceStack, defences
 from agents.engines.transformers_engine import SamplerConfig, TransformersSampler
@@ -125,8 +125,13 @@ class Tiny:
 
     def roles(self) -> dict[str, RoleData]:
         """Data roles that defences may ask for."""
-        names = ("refusal", "harm", "retain", "pair_harm", "pair_refusal", "harm_prompts")
-        return {name: RoleData(self.sequences(8, 50 + i), 9 + i) for i, name in enumerate(names)}
+        names = ("refusal", "harm", "retain", "harm_heldout", "harm_prompts")
+        roles = {name: RoleData(self.sequences(8, 50 + i), 9 + i) for i, name in enumerate(names)}
+        for key, name in ((20, "pair"), (21, "pair_heldout")):
+            harm, refusal = self.sequences(8, key), self.sequences(8, key + 10)
+            same = refusal._replace(prompt_ids=harm.prompt_ids, prompt_mask=harm.prompt_mask)
+            roles[name] = RoleData(Pairs(harm, same), key)
+        return roles
 
     def stack(
         self,

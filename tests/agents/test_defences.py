@@ -15,17 +15,22 @@ from agents.policy import response_logprobs
 
 LEARNERS = learners.names()
 DEFENCES = defences.names()
-OFF = {
-    "refusal_loss": "refusal_loss(alpha=0)",
-    "small_lr": "small_lr(divisor=1)",
-    "vaccine": "vaccine(rho=0)",
-    "lisa": "lisa(rho=0, alignment_steps=0)",
-}
-"""Each defence at strength 0; a new defence states its own here."""
+OFF = {name: f"{name}({defences.get(name).off})" for name in DEFENCES if defences.get(name).off}
+"""Each defence at strength 0."""
 NEVER_OFF = {"freeze"}
 """Defences that have no strength."""
+QUICK: dict[str, str] = {}
+"""Arguments that make a long ``prepare`` short, beyond the few steps that offline ones get here."""
 
-each_defence = pytest.mark.parametrize("defence", DEFENCES)
+
+def quick(name):
+    """A spec of ``name`` that prepares in a few steps."""
+    few = "steps=3, batch=4" if defences.get(name).offline else ""
+    arguments = ", ".join(filter(None, (few, QUICK.get(name, ""))))
+    return f"{name}({arguments})" if arguments else name
+
+
+each_defence = pytest.mark.parametrize("defence", map(quick, DEFENCES), ids=DEFENCES)
 each_learner = pytest.mark.parametrize("learner", LEARNERS)
 
 
@@ -156,13 +161,13 @@ def test_only_the_policy_moves(tiny, defence, learner):
         tiny.rounds(system, 0, 1)
     assert torch.equal(tiny.weights(agent.policy.reference), reference)
     for name, role in agent.stack.ctx.data.items():
-        assert torch.equal(role.sequences.ids, tiny.roles()[name].sequences.ids)
+        assert_equal(tuple(role.sequences), tuple(tiny.roles()[name].sequences))
     if agent.reward_model is not None and type(agent.stack.members[0]).feedback is Defence.feedback:
         ours, theirs = agent.reward_model.ctx.model, plain.reward_model.ctx.model
         assert torch.equal(tiny.weights(ours), tiny.weights(theirs))
 
 
-@pytest.mark.parametrize("defence", sorted(set(DEFENCES) - NEVER_OFF))
+@pytest.mark.parametrize("defence", map(quick, sorted(set(DEFENCES) - NEVER_OFF)))
 def test_a_failing_learner_leaves_no_trace(tiny, defence):
     """An exception inside the learner's own run passes through the defence unchanged."""
     agent = tiny.agent("grpo", (defence,))

@@ -63,7 +63,9 @@ def test_run_is_the_loss_of_sequence_log_ratios(tiny):
     sigma = torch.sigmoid(0.3 * delta)
     each = -pairs.target * sigma.log() - (1 - pairs.target) * (1 - sigma).log()
     expected = (pairs.weight * each).sum() / 7
-    assert learner.run(pairs, ref).losses["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert learner.run(learner.referenced(pairs)).losses["loss"] == pytest.approx(
+        expected.item(), rel=1e-5
+    )
 
 
 def test_delta_is_zero_at_the_reference_whatever_the_sampling_temperature(tiny):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from agents.batches import RolloutBatch, Sequences, SFTBatch
+from agents.batches import RolloutBatch, SFTBatch
 from agents.learners import learners
 from agents.learners.reward_model import RewardModel, RewardModelConfig
 from agents.learners.update import Diverged, OptimizerConfig, minibatches
@@ -48,9 +48,8 @@ def step_of(tiny, name, micro_batch):
     learner = learners.get(name)(micro_batch=micro_batch).build(stack.ctx, stack, 1.0)
     pairs = tiny.pairs(10)
     if learner.uses == "pairs":
-        both = Sequences.concatenate([pairs.a, pairs.b])
-        ref = policy.reference_logprobs(both).sum(1)
-        return stack.ctx, lambda: learner.run(pairs, ref)
+        referenced = learner.referenced(pairs)
+        return stack.ctx, lambda: learner.run(referenced)
     if learner.uses == "winners":
         batch = SFTBatch(pairs.label_id, pairs.a, pairs.weight, pairs.annotator_id)
         return stack.ctx, lambda: learner.run(batch)

@@ -209,8 +209,7 @@ def test_dpo_loss_is_trls(tiny, saved):
     policy: Policy = stack.ctx._policy
     policy.reference = tiny.model(0)
     learner = DPOConfig(beta=0.5, micro_batch=10).build(stack.ctx, stack, 1.0)
-    both = type(pairs.a).concatenate([pairs.a, pairs.b])
-    loss = learner.run(pairs, policy.reference_logprobs(both).sum(1)).losses["loss"]
+    loss = learner.run(learner.referenced(pairs)).losses["loss"]
     their_loss = trainer.compute_loss(theirs, trainer.data_collator(rows))
     their_loss.backward()
     assert abs(their_loss.item() - np.log(2)) > 1e-2, "the policy has left its reference"
