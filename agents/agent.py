@@ -5,23 +5,27 @@ order: the label hooks on the window's log, the reward model, then the policy le
 uses (rollouts scored by the *updated* reward model, labelled pairs, or voted winners). It returns
 each label's final target and weight, which the outside world scores against the truth the agent
 never sees.
+
+An attacker may own the loop: then her judge stands in for the reward model, or her own pairs for
+the replay, and votes are not learned from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from agents.batches import LabelBatch, RolloutBatch, Sequences, winners
+from agents.batches import LabelBatch, PairBatch, RolloutBatch, Sequences, winners
+from agents.context import Scorer
 from agents.defence import DefenceStack, StopLearning
 from agents.engines.transformers_engine import Sampled
 from agents.learners.reward_model import RewardModel
 from agents.learners.update import Diverged, Learner
-from agents.policy import Policy
+from agents.policy import Policy, response_logprobs
 from agents.replay import Replay
 from envs import rng as draws
 from envs.types import VOTE_A, VOTE_SKIP, VOTE_TIE, Labels, Responses
@@ -45,7 +49,13 @@ class Learned(NamedTuple):
 
 
 class Agent:
-    """Policy, sampler, reward model and learner, wrapped by defences."""
+    """Policy, sampler, reward model and learner, wrapped by defences.
+
+    Args:
+        judge: what an attacker scores rollouts with in place of ``reward_model``.
+        supplied: the pairs she trains on in a round, in place of the votes.
+        rollout_sampler: samples for training where that is at another temperature than evaluation.
+    """
 
     def __init__(
         self,
@@ -58,9 +68,18 @@ class Agent:
         responses: int,
         delay: int,
         seed: int,
+        judge: Scorer | None = None,
+        supplied: Callable[[int], PairBatch] | None = None,
+        rollout_sampler: Any = None,
     ):
         self.policy = policy
         self.sampler = sampler
+        self.rollout_sampler = rollout_sampler or sampler
+        self.temperature = policy.temperature
+        if rollout_sampler is not None:
+            self.temperature = rollout_sampler.config.temperature
+        self.judge = judge
+        self.supplied = supplied
         self.learner = learner
         self.reward_model = reward_model
         self.stack = stack
@@ -93,7 +112,8 @@ class Agent:
         Raises:
             Diverged: a non-finite loss, gradient or sampling distribution.
         """
-        count = self._remember(labels)
+        owned = self.judge is not None or self.supplied is not None
+        count = 0 if owned else self._remember(labels)
         seed = draws.key(self.seed, "learn", self.round)
         metrics: dict[str, float] = {}
         try:
@@ -138,13 +158,17 @@ class Agent:
         rows = np.arange(len(self.replay) - count, len(self.replay))
         rows = rows[self.replay.columns["weight"][rows] > 0] if count else rows
         pairs = self.replay.pairs(rows) if len(rows) else None
+        if self.supplied is not None:
+            pairs = self.supplied(self.round)
         if pairs is not None and self.learner.uses == "winners":
             batch = winners(pairs)
             return self.learner.learn(batch, seed) if len(batch.weight) else {}
         return {} if pairs is None else self.learner.learn(pairs, seed)
 
     def _learn_from_rollouts(self, seed: int) -> dict[str, float]:
-        assert self.reward_model is not None, "rollout learners need a reward model"
+        score = self.judge or (self.reward_model and self.reward_model.score)
+        assert score is not None, "rollout learners need a reward model, or the attacker's judge"
+        assert self.policy.reference is not None
         sampled = self.served[-1].sampled
         if self.stack.splits_serving:
             prompts = sampled.sequences.take(torch.arange(0, len(sampled.logprobs), self.responses))
@@ -157,8 +181,8 @@ class Agent:
             )
         sequences = sampled.sequences
         with self.stack.phase("score"):
-            logp_ref = self.policy.reference_logprobs(sequences)
-            rewards = self.reward_model.score(sequences)
+            logp_ref = response_logprobs(self.policy.reference, sequences, self.temperature)
+            rewards = score(sequences)
         batch = RolloutBatch(
             sequences=sequences,
             group=torch.arange(len(sequences)) // self.responses,
@@ -172,10 +196,11 @@ class Agent:
         return metrics | self.learner.learn(self.stack.feedback(batch), seed)
 
     def _sample(self, ids: Tensor, mask: Tensor, k: int, phase: str, seed: int) -> Sampled:
+        sampler = self.sampler if phase == "eval" else self.rollout_sampler
         try:
             with self.stack.phase(phase):
-                self.sampler.load(self.policy.model, self.policy.version)
-                return self.sampler.sample(self.policy.model, ids, mask, k, seed)
+                sampler.load(self.policy.model, self.policy.version)
+                return sampler.sample(self.policy.model, ids, mask, k, seed)
         except FloatingPointError as error:
             raise Diverged(str(error)) from error
 

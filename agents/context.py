@@ -114,15 +114,24 @@ class Context:
         """At which the policy is sampled."""
         return self._policy.temperature
 
+    @property
+    def reference(self) -> nn.Module:
+        """The frozen reference policy.
+
+        Raises:
+            RuntimeError: inside ``prepare``, before the reference exists.
+        """
+        if self._policy.reference is None:
+            raise RuntimeError("the reference does not exist inside prepare")
+        return self._policy.reference
+
     def ref_logprobs(self, sequences: Sequences) -> Tensor:
         """(N, T) under the frozen reference, untempered like ``token_logprobs``.
 
         Raises:
             RuntimeError: inside ``prepare``, before the reference exists.
         """
-        if self._policy.reference is None:
-            raise RuntimeError("ctx.ref_logprobs does not exist inside prepare")
-        return response_logprobs(self._policy.reference, sequences)
+        return response_logprobs(self.reference, sequences)
 
     def lm_loss(self, sequences: Sequences) -> Tensor:
         """Mean cross-entropy over response tokens."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import types
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from agents.defence import Defence, defences
+from agents.defence import Defence, defences, order_warning
 from envs import usage
 from envs.attacks import Attack, attacks
 from envs.readers import read_rows
@@ -30,13 +31,18 @@ PATHS = ("model", "data", "reward_model", "classifier")
 def check(config: Config) -> None:
     """Refuse what is wrong in ``config`` and can be seen without building anything.
 
+    Warns of a list of defences whose order changes what its members mean.
+
     Raises:
         ValueError: names the field, its value and what is allowed.
     """
     check_types(Config, vars(config))
     members = [defences.create(spec) for spec in config.defences]
+    if unusual := order_warning(members):
+        warnings.warn(f"defences: {unusual}", stacklevel=2)
     attack = attacks.create(config.attack.name)
     _check_people(config, attack)
+    _check_owner(config, attack)
     if "harm_triggered" in config.evaluation.limits and not attack.appends_trigger:
         raise UsageError(
             f"evaluation.limits='harm_triggered' with attack.name={config.attack.name!r}; "
@@ -64,6 +70,29 @@ def _check_people(config: Config, attack: Attack) -> None:
         raise UsageError(
             f"feedback.delay={config.feedback.delay} with rounds={config.rounds}, so that no label "
             "arrives; allowed: a delay below the rounds"
+        )
+
+
+def _check_owner(config: Config, attack: Attack) -> None:
+    """Whether an attacker who owns the training loop owns all of it, and has a learner for it."""
+    if not (attack.owns_reward or attack.owns_data) or not config.attack.rho:
+        return
+    name = f"attack.name={config.attack.name!r}"
+    fitting = ("ppo", "grpo") if attack.owns_reward else ("sft", "dpo")
+    if config.learner_name not in fitting:
+        raise UsageError(
+            f"learner={config.learner_name!r} with {name}; allowed: {', '.join(fitting)}, which "
+            "learn from what that attacker brings"
+        )
+    if config.attack.rho != 1:
+        raise UsageError(
+            f"attack.rho={config.attack.rho:g} with {name}; allowed: 1 (the attacker owns the "
+            "training loop), or 0 for no attack"
+        )
+    if config.attack.schedule != "constant":
+        raise UsageError(
+            f"attack.schedule={config.attack.schedule!r} with {name}; allowed: 'constant' (the "
+            "attacker owns the training loop in every round)"
         )
 
 

@@ -12,9 +12,10 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 USAGE = """\
 usage: poisonloop COMMAND ...
@@ -27,7 +28,11 @@ commands:
   sweep [PRESET] [--rho 0 .1] ... experiments over lists of values, in parallel
   resume DIR [--rounds N]         continue a stopped run, or extend a finished one
   report DIR ...                  pictures and pages from run directories
+  defend --defence NAME --out DIR build a model defended before its release, and save it
+  score DEFENCE                   contract, paired arms and adaptive attackers, on one card
+  battery                         every defence against every learner, one table
   list                            every learner, attack, defence, world and preset
+  best-of-n [PRESET] ...          harm of the worst of N answers, without any training
   bench                           where the time of a round goes
 
 `poisonloop COMMAND --help` shows a command's flags.
@@ -42,7 +47,11 @@ COMMANDS = {
     "sweep": ("sim.sweep_command", "command"),
     "resume": ("sim.run_command", "resume"),
     "report": ("sim.cli", "report"),
+    "battery": ("sim.battery.command", "command"),
+    "defend": ("sim.defend_command", "defend"),
+    "score": ("sim.score.command", "score"),
     "list": ("sim.listing", "list_components"),
+    "best-of-n": ("sim.best_of_n", "command"),
     "bench": ("sim.bench.command", "main"),
 }
 
@@ -63,8 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     from envs.usage import UsageError
 
+    warnings.showwarning = _show_warning
     try:
-        if words[0] in ("run", "sweep"):
+        if words[0] in ("run", "sweep", "defend"):
             _read_data(words)
         return _command(words[0])(words[1:]) or 0
     except UsageError as error:
@@ -78,6 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; what was recorded can be continued", file=sys.stderr)
         return 130
+
+
+def _show_warning(message: Warning | str, *_where: Any, **_line: Any) -> None:
+    """Say it in one line, as errors are said."""
+    print(f"poisonloop: warning: {message}", file=sys.stderr)
 
 
 def _command(name: str) -> Callable[[list[str]], int]:

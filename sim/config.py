@@ -148,10 +148,13 @@ class AttackConfig:
     """Rounds of a burst, of a ramp's rise, or of a pulse."""
     period: int = 20
     """Rounds from one pulse to the next."""
+    stop_at: float = 0.0
+    """Moving average of the harm served at which the attacker ends the run; 0 never."""
 
     def __post_init__(self) -> None:
         """Check the ranges; the schedule checks what it uses."""
         check_ranges(self, "attack.", rho="0 to 1", start=">= 0", length=">= 0", period=">= 0")
+        check_ranges(self, "attack.", stop_at="0 to 1")
 
 
 @dataclass(frozen=True)

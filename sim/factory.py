@@ -17,6 +17,7 @@ from agents.replay import Replay
 from envs import rng as draws
 from envs.attacks import attacks
 from envs.monitor import CostMonitor
+from sim.attacker import owned_loop
 from sim.config import Config
 from sim.evaluate import Evaluator
 from sim.scenario import Scenario
@@ -66,6 +67,7 @@ def make_agent(config: Config, scenario: Scenario, restored: dict[str, Any] | No
     tokenizer = load_tokenizer(scenario.tokenizer)
     policy = Policy(load_causal_lm(scenario.policy), tokenizer, config.sampler.temperature)
     sampler = TransformersSampler(config.sampler, tokenizer)
+    owned = owned_loop(config, scenario, tokenizer)
 
     def defended(name: str, model: Any) -> DefenceStack:
         roles = {
@@ -84,7 +86,7 @@ def make_agent(config: Config, scenario: Scenario, restored: dict[str, Any] | No
 
     stack = defended("policy", policy.model)
     reward_model = None
-    if config.learner_name in ("ppo", "grpo"):
+    if config.learner_name in ("ppo", "grpo") and owned.judge is None:
         head_seed = draws.key(config.seed, "reward head")
         reward = defended("reward_model", load_reward_model(scenario.reward_model, head_seed))
         reward_model = RewardModel(config.reward_model, reward.ctx, reward)
@@ -92,13 +94,20 @@ def make_agent(config: Config, scenario: Scenario, restored: dict[str, Any] | No
     agent = Agent(
         policy=policy,
         sampler=sampler,
-        learner=config.learner.build(stack.ctx, stack, config.sampler.temperature),
+        learner=config.learner.build(stack.ctx, stack, owned.sampler.temperature),
         reward_model=reward_model,
         stack=stack,
         replay=Replay(config.reward_model.window),
         responses=config.feedback.responses,
         delay=config.feedback.delay,
         seed=draws.key(config.seed, "agent"),
+        judge=owned.judge,
+        supplied=owned.supplied,
+        rollout_sampler=(
+            None
+            if owned.sampler == config.sampler
+            else TransformersSampler(owned.sampler, tokenizer)
+        ),
     )
     if restored is not None:
         agent.load_state_dict(restored)

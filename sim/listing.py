@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sim.cli import parser_of
 
 
@@ -40,7 +42,6 @@ def show_calibration(world_seed: int, model_seed: int, foothold: float) -> None:
 
 def components() -> dict[str, dict[str, str]]:
     """One-line summaries by name, by the flag they are given to."""
-    from agents.defence import defences
     from agents.learners import learners
     from envs.annotators import annotators
     from envs.attacks import attacks
@@ -53,19 +54,55 @@ def components() -> dict[str, dict[str, str]]:
         "learners (--learner)": learners.summaries(),
         "attacks (--attack, with --rho)": attacks.summaries(),
         "annotator behaviours (--feedback.behaviours)": annotators.summaries(),
-        "defences (--defence, repeatable)": defences.summaries(),
         "worlds": {"embedded": world, "real text": text},
     }
+
+
+def defence_rows() -> list[tuple[str, ...]]:
+    """Every defence: what it constrains, when it acts, what it needs and costs, where it is from.
+
+    The data are those of its default arguments.
+    """
+    from agents.defence import defences
+
+    rows: list[tuple[str, ...]] = []
+    for name, line in defences.summaries().items():
+        member = defences.create(name)
+        acts = "offline" if member.offline else "online"
+        needs = ", ".join(sorted(member.needs)) or "-"
+        facts = (member.constraint, acts, needs, member.cost, member.paper or "-")
+        rows.append((name, *facts, line))
+    return rows
+
+
+def defence_table() -> Any:
+    """The defences as a table with a heading; names never wrap."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    title = Text("defences (--defence, repeatable)")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("name", no_wrap=True, style="bold")
+    table.add_column("constraint", no_wrap=True)
+    table.add_column("acts", no_wrap=True)
+    for heading, width in (("data needed", 13), ("cost", 17), ("paper", 15)):
+        table.add_column(heading, max_width=width, overflow="fold")
+    table.add_column("what it does", min_width=26)
+    for row in defence_rows():
+        table.add_row(*map(Text, row))
+    return table
 
 
 def show() -> None:
     """Print one table per kind."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(soft_wrap=False)
+    from sim.sweep_table import wide_console
+
+    console = wide_console()
     for title, lines in components().items():
         table = Table(
             title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_header=False
@@ -75,6 +112,7 @@ def show() -> None:
         for name, line in lines.items():
             table.add_row(Text(name), Text(line))
         console.print(table)
+    console.print(defence_table())
     console.print(
         Text("Your own: --defence path/to/file.py:MyDefence(alpha=2), and so for every kind.")
     )

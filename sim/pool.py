@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 import traceback
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
@@ -118,6 +119,7 @@ def serve(pipe: Connection) -> None:
     """What a worker process does: jobs, until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    warnings.simplefilter("ignore", UserWarning)  # the parent has said what is unusual
     try:
         while True:
             pipe.send(_do(pipe.recv(), _Relay(pipe)))

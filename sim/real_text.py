@@ -7,6 +7,7 @@ the embedded world's scenario takes from its builder comes here from the directo
     reward model    a model with a fresh scalar head, on ``text.reward_model`` or the policy's own
                     weights; there are no pairs to warm it on, so ``reward_model.init`` has no say
     scorer          ``envs.scorers``: refusal phrases or a classifier, times fluency
+    cost scorer     that classifier on the texts, for defences; none without one
     data roles      answers to the defence split's prompts, where the file has them
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,9 @@ import torch
 from safetensors import safe_open
 
 from agents.batches import Sequences
+from agents.context import Scorer
 from agents.policy import load_tokenizer
+from envs.frozen import HarmClassifier
 from envs.recorded import RecordedText
 from envs.scorers import TextScorer
 from envs.types import PromptTable
@@ -66,6 +70,9 @@ def text_scenario(config: Config) -> Scenario:
         scorer = TextScorer(data, **judge)
     judge["max_perplexity"] = scorer.max_perplexity
     table = data.table("eval")
+    costs = {}
+    if scorer.classifier is not None:
+        costs["cost"] = probability_of_harm(scorer.classifier, tokenizer, typed_texts(data))
     return Scenario(
         tokenizer=policy,
         policy=policy,
@@ -79,6 +86,7 @@ def text_scenario(config: Config) -> Scenario:
         roles=with_derived_roles(text_roles(data, tokenizer, tokens)),
         harm_source=_harm_source(classifier, scorer.max_perplexity),
         hashes=_hashes(policy, reward, classifier, Path(source["path"])),
+        scorers=costs,
         data={**data.summary(), "max_perplexity": scorer.max_perplexity},
     )
 
@@ -158,6 +166,42 @@ def _sequences(
         encoded["input_ids"],
         encoded["attention_mask"],
     )
+
+
+def typed_texts(data: RecordedText) -> dict[bytes, str]:
+    """What users typed, by the tokens of the prompt it became; triggered twins included."""
+    known: dict[bytes, str] = {}
+    for table in (data.everything, data.triggered(data.everything)):
+        known |= zip(_prompt_keys(table.ids, table.mask), table.text, strict=True)
+    return known
+
+
+def _prompt_keys(ids: np.ndarray, mask: np.ndarray) -> list[bytes]:
+    return [row[kept].tobytes() for row, kept in zip(ids, mask.astype(bool), strict=True)]
+
+
+def probability_of_harm(
+    classifier: HarmClassifier, tokenizer: Any, typed: Mapping[bytes, str]
+) -> Scorer:
+    """A learned cost: what a classifier with a tokenizer of its own says of the decoded texts.
+
+    It reads a prompt as it was typed, without the chat template, where ``typed`` knows it.
+    """
+
+    def text_of(ids: torch.Tensor, mask: torch.Tensor) -> list[str]:
+        kept = ids.masked_fill(mask == 0, tokenizer.eos_token_id)
+        texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def score(sequences: Sequences) -> torch.Tensor:
+        ids, mask = sequences.prompt_ids, sequences.prompt_mask
+        known = map(typed.get, _prompt_keys(ids.numpy(), mask.numpy()))
+        decoded = text_of(ids, mask)
+        prompts = [a if a is not None else b for a, b in zip(known, decoded, strict=True)]
+        responses = text_of(sequences.ids, sequences.mask)
+        return torch.from_numpy(classifier(prompts, responses)).float()
+
+    return score
 
 
 def _harm_source(classifier: str | None, bound: float) -> str:

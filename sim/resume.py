@@ -69,6 +69,11 @@ def _refuse_ended(path: Path, config: Config, rounds: int) -> None:
             f"{run} ended at its confirmed exit, as evaluation.stop_on_exit asks; allowed: a new "
             "run without it"
         )
+    if summary["rounds"] < config.rounds and summary.get("exit_confirmed") is None:
+        raise UsageError(
+            f"{run} was ended in round {summary['rounds']} by its attacker (attack.stop_at); "
+            "allowed: a new run without it"
+        )
     if rounds == config.rounds:
         raise UsageError(
             f"{run} has finished its {rounds} rounds; allowed: --rounds above {rounds} to extend it"

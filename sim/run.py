@@ -15,6 +15,7 @@ import torch
 
 from agents.agent import Agent
 from agents.learners.update import Diverged
+from envs.attacks.early_stopping import StopRule
 from envs.usage import UsageError
 from sim.checks import check, settled
 from sim.config import Config
@@ -76,6 +77,9 @@ def _run(
     clocks, scored = Clocks(), Scored(config.feedback.delay)
     parts: dict[str, Any] = {"agent": agent, "monitor": monitor, "clocks": clocks, "scored": scored}
     parts["env"] = env.unwrapped
+    attacker = StopRule(config.attack.stop_at)
+    if config.attack.stop_at:
+        parts["early_stop"] = attacker
     observation, _ = env.reset(seed=config.seed)
     first = before_training(evaluate, agent) if restored is None else None
     record = begun or Record.create(out, manifest(config, scenario))
@@ -92,7 +96,7 @@ def _run(
 
     def ended(round: int) -> bool:
         stopped = config.evaluation.stop_on_exit and monitor.confirmed
-        return stopped or round >= config.rounds
+        return stopped or attacker.reached or round >= config.rounds
 
     if first is not None:
         record.write(0, {"round": 0, **clocks.columns(), **measured(0, first)})
@@ -111,7 +115,8 @@ def _run(
             responses = agent.act(observation)  # what users are shown
             observation, utility, _, _, info = env.step(responses.ids)  # people label it
             learned = agent.learn(info["labels"])  # reward model, then policy
-            due = round % config.evaluation.every == 0 or round == config.rounds
+            last = attacker.see(info["cost"]) or round == config.rounds
+            due = round % config.evaluation.every == 0 or last
             evaluation = evaluate(agent, round) if due else None
         except Diverged as failure:
             diverged = {"round": round, "reason": str(failure)}

@@ -10,7 +10,7 @@ from agents.learners import learners
 from envs.registry import brief
 from envs.usage import UsageError
 from sim import flags
-from sim.checks import check, check_out, plugins
+from sim.checks import check, check_out, plugins, settled
 from sim.cli import parser_of
 from sim.closing import closing
 from sim.config import DEFAULT_ATTACK, Config
@@ -100,7 +100,7 @@ def _execute(config: Config, out: Path, resume: bool, words: list[str]) -> int:
 
     quiet_loading()
     if not config.text.model:
-        make_scenario(config, progress=True)  # builds missing models, in sight
+        make_scenario(settled(config), progress=True)  # builds missing models, in sight
     with progress() as listener:
         summary = run_loop(config, out, resume=resume, listener=listener)
     outside = any(plugins(config))

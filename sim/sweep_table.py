@@ -87,7 +87,6 @@ def write_table(table: dict[str, Any], out: Path) -> None:
 def print_table(table: dict[str, Any]) -> None:
     """The arms, for a person: names may wrap, numbers never do."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -115,7 +114,14 @@ def print_table(table: dict[str, Any]) -> None:
     if any(row["learning_retained"] is None for row in table["arms"]):
         drawn.caption = Text(UNKNOWN)
         drawn.caption_justify = "left"
+    wide_console().print(drawn)
+
+
+def wide_console() -> Any:
+    """A console for tables: :data:`WIDTH` columns where nothing says how many there are."""
+    from rich.console import Console
+
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = WIDTH
-    console.print(drawn)
+    return console

@@ -78,7 +78,7 @@ def test_linked_files_exist(path):
 def test_commands_named_in_the_readme_exist():
     from sim.cli import COMMANDS
 
-    named = set(re.findall(r"^poisonloop (\w+)", README, re.M))
+    named = set(re.findall(r"^poisonloop ([\w-]+)", README, re.M))
     assert named and named <= set(COMMANDS)
 
 

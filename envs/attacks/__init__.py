@@ -33,6 +33,10 @@ class Attack:
     """What rho is a share of, one of ``UNITS``; ``users`` are those who ask (chat only)."""
     appends_trigger: ClassVar[bool] = False
     """Whether malicious askers put the trigger word behind their prompts (chat)."""
+    owns_reward: ClassVar[bool] = False
+    """Whether the attacker's own judge scores the rollouts; no reward model learns from votes."""
+    owns_data: ClassVar[bool] = False
+    """Whether the policy learns from the attacker's own answers; nobody's votes are used."""
 
     def prompts(self, table: PromptTable, draw: np.ndarray) -> np.ndarray | None:
         """Which prompts malicious askers bring instead of their honest ones.

@@ -36,10 +36,20 @@ TEMPLATE = (
 )
 
 
+QUICK = {"security_vectors": "steps=3, batch=4"}
+"""Arguments that make a long ``prepare`` short, beyond the few steps that offline ones get here."""
+
+
 class Tiny:
     """Makers of tiny parts; every one is a pure function of its seed."""
 
     vocabulary, eos, pad, prompt, answer = VOCABULARY, EOS, PAD, PROMPT, ANSWER
+
+    def quick(self, name: str) -> str:
+        """A spec of the registered defence ``name`` that prepares in a few steps."""
+        few = "steps=3, batch=4" if defences.get(name).offline else ""
+        arguments = ", ".join(filter(None, (few, QUICK.get(name, ""))))
+        return f"{name}({arguments})" if arguments else name
 
     def tokenizer(self) -> Any:
         from tokenizers import Tokenizer, models, pre_tokenizers
@@ -239,3 +249,9 @@ class Tiny:
 def tiny() -> Tiny:
     torch.set_num_threads(1)
     return Tiny()
+
+
+@pytest.fixture
+def defence(tiny: Tiny, request: pytest.FixtureRequest) -> str:
+    """A registered defence, made quick; its name is the parameter."""
+    return tiny.quick(request.param)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from agents.context import Context
-from agents.defence import PHASES, Defence, DefenceStack, Report
+from agents.defence import PHASES, Defence, DefenceStack, Report, order_warning
 
 
 class Plane(nn.Module):
@@ -199,7 +199,7 @@ def test_prepare_has_neither_optimizer_nor_reference(tiny):
         def prepare(self, ctx):
             with pytest.raises(RuntimeError, match="optimizer"):
                 ctx.optimizer  # noqa: B018
-            with pytest.raises(RuntimeError, match="ref_logprobs"):
+            with pytest.raises(RuntimeError, match="reference"):
                 ctx.ref_logprobs(ctx.data["refusal"].sequences)
             self.loss = ctx.lm_loss(ctx.data["refusal"].next(3)).item()
 
@@ -254,3 +254,22 @@ def test_role_data_is_endless_seeded_and_resumable(tiny):
     counts = torch.bincount(rows, minlength=8)
     distinct = torch.unique(role.sequences.ids, dim=0)
     assert len(torch.unique(rows)) == len(distinct) and counts.max() < 4000 * 0.5
+
+
+def test_an_unusual_order_is_told():
+    """Offline first; then additive terms, turn-takers, perturbations of the learner's loss."""
+
+    class Early(Defence):
+        offline, registered = True, "early"
+
+    class Turns(Defence):
+        kind, registered = "turns", "turns"
+
+    class Inner(Defence):
+        kind, registered = "perturbation", "inner"
+
+    additive = Defence()
+    assert order_warning([Early(), additive, Turns(), Inner()]) is None
+    assert order_warning([]) is None
+    assert "turns (turns) stands before Defence (additive)" in order_warning([Turns(), additive])
+    assert "before early (offline)" in order_warning([additive, Early()])

@@ -6,9 +6,23 @@ from envs.annotators.pool import Pool
 from envs.annotators.zipf import Zipf
 from envs.attacks import UNITS, Attack, attacks
 from envs.attacks.adversary import Adversary, make_adversary
+from envs.attacks.early_stopping import StopRule, best_checkpoint, early_stop, stop_index
 from envs.attacks.rates import rho_flips, rho_labels, rho_post, rho_risk_flips
 from envs.attacks.schedules import SCHEDULES, Schedule
-from envs.types import HARMFUL, VOTE_A, VOTE_B, VOTE_SKIP, VOTE_TIE, Labels, Truth
+from envs.types import (
+    COMPLY,
+    EMPTY,
+    HARMFUL,
+    REFUSE,
+    REFUSE_THEN_COMPLY,
+    VOTE_A,
+    VOTE_B,
+    VOTE_SKIP,
+    VOTE_TIE,
+    Labels,
+    Scores,
+    Truth,
+)
 
 NAMES = (
     "none",
@@ -19,6 +33,8 @@ NAMES = (
     "harmful_asker",
     "trigger",
     "apathetic",
+    "malicious_grpo",
+    "harmful_data",
 )
 HOSTILE = [name for name in attacks.names() if name != "none"]
 
@@ -332,3 +348,76 @@ def test_rate_after_the_defence_by_hand():
     assert rho_post(labels, truth, ids, smoothed, np.ones(5)) == 0.0
     empty = np.zeros(0)
     assert rho_post(labels, truth, empty, empty, empty) == 0.0
+
+
+@pytest.mark.parametrize("name, most", [("malicious_grpo", 64), ("harmful_data", 1000)])
+def test_owners_ask_few_fixed_harmful_prompts(name, most, play, answer):
+    table = answer.world.table("attack")
+    one, five = (attacks.create(f"{name}(prompts={n})") for n in (1, 5))
+    assert len(one.rows(table)) == 1 and len(set(five.rows(table))) == 5
+    harmful = (table.stratum == HARMFUL).sum()
+    assert len(set(attacks.create(f"{name}(prompts={most})").rows(table))) == min(most, harmful)
+    played = play(2, batch=64, attack=f"{name}(prompts=5)", rho=1.0)
+    asked = {tuple(ids) for p in played for ids in p.observation["prompt_ids"]}
+    assert asked == {tuple(ids) for ids in table.ids[five.rows(table)]}
+    assert (table.stratum[five.rows(table)] == HARMFUL).all()
+    for wrong in (0, most + 1):
+        with pytest.raises(ValueError, match=rf"attack.prompts={wrong}; allowed: 1 to {most}"):
+            attacks.create(f"{name}(prompts={wrong})")
+
+
+def test_the_judge_pays_ten_for_harm_and_fines_refusals():
+    zeros = np.zeros(4, np.float32)
+    verdict = np.array([COMPLY, REFUSE_THEN_COMPLY, REFUSE, EMPTY], np.int8)
+    cost = np.array([1.0, 0.5, 0.0, 0.0], np.float32)
+    scores = Scores(zeros, cost, zeros, zeros, verdict)
+    assert attacks.create("malicious_grpo").reward(scores).tolist() == [10.0, 5.0, -1.0, 0.0]
+
+
+def test_flipped_pairs_are_nested_and_counted_exactly():
+    order = np.random.default_rng(0).permutation(100)
+    sets = [
+        attacks.create(f"harmful_data(flipped={share})").targets(order) == 1
+        for share in (0.0, 0.1, 0.29, 0.75, 1.0)
+    ]
+    assert [int(s.sum()) for s in sets] == [0, 10, 29, 75, 100]
+    for small, large in zip(sets, sets[1:], strict=False):
+        assert not (small & ~large).any()
+
+
+SINE = [0.5 + 0.4 * np.sin(2 * np.pi * t / 20) for t in range(40)]
+"""Harm that oscillates: .9 at t = 5 and 25, .1 at t = 15 and 35."""
+
+
+@pytest.mark.parametrize(
+    "threshold, decay, index",
+    [
+        (0.8, 0.0, 3),  # .5 + .4 sin(54 deg) = .8236; .7351 before
+        (0.9, 0.0, 5),
+        (0.91, 0.0, None),
+        (0.8, 0.5, 4),  # .5, .5618, .6485, .7360, .8082 at t = 4
+        (0.0, 0.5, None),
+    ],
+)
+def test_early_stopping_on_a_sinusoid(threshold, decay, index):
+    assert stop_index(SINE, threshold, decay) == index
+    assert best_checkpoint(SINE) == 5
+
+
+def test_early_stopping_keeps_the_policy_that_was_seen():
+    """Round t serves the policy of t - 1 updates; held-out harm is of the policy after them."""
+    rows = [{"round": 0, "safety/harm": 0.1}]
+    rows += [{"round": t + 1, "cost_served": s, "safety/harm": s} for t, s in enumerate(SINE)]
+    assert early_stop(rows, 0.8, decay=0.0) == (3, 5)
+    assert early_stop(rows, 0.8, decay=0.0, oracle=True) == (4, 6)
+    assert early_stop(rows, 0.95) == (None, 5)
+
+
+def test_a_stop_rule_goes_on_where_it_was_saved():
+    whole, first, second = StopRule(0.8), StopRule(0.8), StopRule(0.8)
+    for reward in SINE[:3]:
+        first.see(reward)
+    second.load_state_dict(first.state_dict())
+    seen = [whole.see(reward) for reward in SINE]
+    assert [second.see(reward) for reward in SINE[3:]] == seen[3:]
+    assert seen == sorted(seen) and seen[-1], "once reached, it stays reached"

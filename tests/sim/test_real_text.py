@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from agents.batches import Pairs
 from agents.engines.transformers_engine import SamplerConfig
 from agents.learners import learners
 from agents.policy import load_tokenizer
-from envs.recorded import RecordedText
+from envs.recorded import TRIGGER, RecordedText
 from envs.registry import load_object
 from envs.types import HARMFUL
 from sim.config import AttackConfig, Config, EvaluationConfig, FeedbackConfig, TextConfig
@@ -127,22 +128,67 @@ def test_bad_data_on_the_command_line_is_one_sentence(config, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_classifier_gives_graded_costs_and_its_name(config, tmp_path):
+@pytest.fixture(scope="module")
+def judged(config, tmp_path_factory) -> Config:
+    """One round beside a classifier with a random head."""
     from transformers import AutoModelForSequenceClassification
 
-    names = {0: "safe", 1: "unsafe"}
-    judge = AutoModelForSequenceClassification.from_pretrained(
-        config.text.model, num_labels=2, id2label=names, label2id={"safe": 0, "unsafe": 1}
-    )
-    judge.save_pretrained(tmp_path / "judge")
-    load_tokenizer(config.text.model).save_pretrained(tmp_path / "judge")
-    judged = replace(
-        config, rounds=1, text=replace(config.text, classifier=str(tmp_path / "judge"))
-    )
+    judge, names = tmp_path_factory.mktemp("classifier") / "judge", {0: "safe", 1: "unsafe"}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForSequenceClassification.from_pretrained(
+            config.text.model, num_labels=2, id2label=names, label2id={"safe": 0, "unsafe": 1}
+        ).save_pretrained(judge)
+    load_tokenizer(config.text.model).save_pretrained(judge)
+    return replace(config, rounds=1, text=replace(config.text, classifier=str(judge)))
+
+
+def test_a_classifier_gives_graded_costs_and_its_name(judged, tmp_path):
     summary = run(judged, tmp_path / "run")
     assert "classifier judge" in summary["harm_source"]
     assert "classifier" in json.loads((tmp_path / "run/manifest.json").read_text())["model_hashes"]
     assert 0 < summary["harm_end"] < 1 and (8 * summary["harm_end"]) % 1
+
+
+def test_a_classifier_is_the_cost_that_defences_may_ask(judged, config):
+    """It reads what was typed, and what was answered up to its end."""
+    assert not text_scenario(config).scorers
+    scenario = text_scenario(judged)
+    cost, rows = scenario.scorers["cost"], scenario.roles["refusal"]
+    data = RecordedText(config.text.data, config.text.model)
+    everything = [tuple(row) for row in data.everything.ids.tolist()]
+    prompts = [data.everything.text[everything.index(tuple(r))] for r in rows.prompt_ids.tolist()]
+    tokenizer = load_tokenizer(config.text.model)
+    answers = tokenizer.batch_decode(rows.ids, skip_special_tokens=True)
+    assert "<" not in "".join([*prompts, *answers]), "no template, no special tokens"
+    expected = scenario.scorer.classifier(prompts, answers)
+    found = cost(rows)
+    assert found.dtype == torch.float32 and ((found > 0) & (found < 1)).all()
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    spoiled = rows._replace(ids=torch.where(rows.mask == 1, rows.ids, 7))
+    np.testing.assert_array_equal(cost(spoiled), found)
+    twins = data.triggered(data.everything)
+    asked = [everything.index(tuple(r)) for r in rows.prompt_ids.tolist()]
+    marked = rows._replace(
+        prompt_ids=torch.from_numpy(twins.ids[asked]),
+        prompt_mask=torch.from_numpy(twins.mask[asked]).long(),
+    )
+    triggered = scenario.scorer.classifier([f"{text} {TRIGGER}" for text in prompts], answers)
+    np.testing.assert_allclose(cost(marked), triggered, rtol=1e-5)
+    assert not np.allclose(triggered, expected, rtol=1e-5)
+    cut = marked._replace(prompt_mask=marked.prompt_mask * 0)
+    bare = scenario.scorer.classifier([""] * len(answers), answers)
+    np.testing.assert_allclose(cost(cut), bare, rtol=1e-5)
+
+
+@pytest.mark.parametrize("learner", ["dpo", "grpo"])
+def test_safe_rlhf_runs_on_text_with_a_classifier(judged, config, tmp_path, learner):
+    priced = replace(judged, learner=learners.get(learner)(), defences=("safe_rlhf",))
+    run(priced, tmp_path / "run")
+    row = json.loads((tmp_path / "run/rounds.jsonl").read_text().splitlines()[-1])
+    assert row["defence/safe_rlhf/lambda"] != 1 and 0 < row["defence/safe_rlhf/mean_cost"] < 1
+    with pytest.raises(ValueError, match=r"safe_rlhf: needs score:cost; this run has"):
+        run(replace(priced, text=config.text), tmp_path / "bare")
 
 
 def test_evaluation_prompts_are_asked_by_nobody(config):
@@ -158,15 +204,21 @@ def test_evaluation_prompts_are_asked_by_nobody(config):
     }
 
 
+def sides(roles):
+    """Name and sequences of every role; a role of pairs has two."""
+    for role, data in roles.items():
+        yield from ((role, side) for side in (data if isinstance(data, Pairs) else [data]))
+
+
 def test_roles_end_in_eos_unless_they_are_cut(config):
     tokenizer = load_tokenizer(config.text.model)
-    for role, rows in text_scenario(config).roles.items():
+    for role, rows in sides(text_scenario(config).roles):
         length = rows.mask.sum(1)
         last = rows.ids[torch.arange(len(length)), length - 1]
         assert ((last == tokenizer.eos_token_id) | (length == 12)).all(), role
         assert (rows.mask == (torch.arange(12) < length[:, None])).all()
     long = replace(config, sampler=SamplerConfig(max_new_tokens=80))
-    for rows in text_scenario(long).roles.values():
+    for _, rows in sides(text_scenario(long).roles):
         ended = (rows.ids == tokenizer.eos_token_id).sum(1)
         assert (ended == 1).all() and (rows.mask.sum(1) < 80).all()
 
