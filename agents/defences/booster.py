@@ -55,7 +55,7 @@ class Booster(OfflineDefence):
         lr: float = 5e-4,
         batch: int = 32,
         warmup: float = 0.1,
-        lam: float = 5.0,
+        lam: float = 0.3,
         alpha: float = 0.1,
         retain: float = 1.0,
     ):

@@ -113,6 +113,7 @@ class CircuitBreakers(RepresentationRemoval):
         alpha: strength of the ascent, >= 0; ``seed`` only.
         beta: strength of relu(cos), >= 0; ``seed`` only.
         layers: target layers counted from 1; () is 10/32 and 20/32 of the depth, rounded up.
+        retain: weight of a loss on benign answers, >= 0 (0 in the paper); ``seed`` only.
         steps: optimizer steps (150 of batch 16 in the paper); 0 is bitwise no defence.
         lr: peak learning rate (1e-4 in the paper, constant).
         batch: rows of each data role per step.
@@ -130,19 +131,20 @@ class CircuitBreakers(RepresentationRemoval):
         alpha: float = 1.0,
         beta: float = 1.0,
         layers: tuple[int, ...] = (),
-        steps: int = 300,
-        lr: float = 1e-3,
+        retain: float = 1.0,
+        steps: int = 100,
+        lr: float = 5e-4,
         batch: int = 32,
     ):
-        super().__init__(
-            "original", "cosine", alpha, beta, layers, "layer", steps=steps, lr=lr, batch=batch
-        )
+        shared: Any = {"retain": retain, "steps": steps, "lr": lr, "batch": batch}
+        super().__init__("original", "cosine", alpha, beta, layers, "layer", **shared)
         if variant not in VARIANTS:
             raise UsageError(f"{self.label}.variant={variant!r}; allowed: {', '.join(VARIANTS)}")
         self.variant, self.strength = variant, strength
         self.rank, self.relative = rank, relative
         check_ranges(self, f"{self.label}.", strength="> 0", rank=">= 1")
-        self.needs = frozenset({"pair"} if variant == "seed" else {"harm", "retain"})
+        if variant == "authors":
+            self.needs = frozenset({"harm", "retain"})
         self.asked = self.layers
 
     def begin(self, ctx: Context) -> None:

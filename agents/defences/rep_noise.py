@@ -14,6 +14,8 @@ read its fall against that. Results hinge on lr, alpha, beta and the amount of d
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -50,6 +52,7 @@ class RepNoise(RepresentationRemoval):
         alpha: strength of the ascent, >= 0 (1 in the paper).
         beta: strength of the noise term, >= 0 (0.001 in the paper).
         layers: decoder layers counted from 1; () is all.
+        retain: weight of the loss on benign answers, >= 0 (0 in the paper).
         steps: optimizer steps (877 of batch 8 in the paper); 0 is bitwise no defence.
         lr: peak learning rate (4e-5 in the paper, for billions of weights).
         batch: pairs per step, 8 or more for the MMD to mean anything.
@@ -62,10 +65,10 @@ class RepNoise(RepresentationRemoval):
         alpha: float = 1.0,
         beta: float = 0.1,
         layers: tuple[int, ...] = (),
+        retain: float = 1.0,
         steps: int = 300,
-        lr: float = 5e-4,
+        lr: float = 1e-4,
         batch: int = 32,
     ):
-        super().__init__(
-            "noise", "mmd", alpha, beta, layers, "mlp", steps=steps, lr=lr, batch=batch
-        )
+        shared: Any = {"retain": retain, "steps": steps, "lr": lr, "batch": batch}
+        super().__init__("noise", "mmd", alpha, beta, layers, "mlp", **shared)

@@ -10,7 +10,8 @@ unlikely at every depth j = 0 .. L, each state read by the final norm and the he
 
     L_ascent = [ CE_L + sum_j CE_j ] / (L + 1),    CE_j <= 2 ln V
 
-The bound is ours: the logarithm alone has no end.
+The bound is ours: the logarithm alone has no end. So is ``retain``, a loss on benign answers: with
+refusals alone a small model forgets everything else it knew.
 Source: Rosati et al., *Evaluating Defences against Unsafe Feedback in RLHF*, after their
 *Representation Noising* (2024).
 """
@@ -134,12 +135,13 @@ class RepresentationRemoval(OfflineDefence):
         layers: decoder layers counted from 1; () is all.
         states: ``mlp`` outputs or ``layer`` outputs, the residual stream.
         norm: length of the fixed vectors, > 0.
+        retain: weight of the loss on benign answers, >= 0; 0 in the paper, which keeps refusals
+            only.
         steps: optimizer steps (877 of batch 8 in the paper); 0 is bitwise no defence.
         lr: peak learning rate (4e-5 in the paper, for billions of weights).
         batch: pairs per step; MMD needs 8 or more to mean anything.
     """
 
-    needs = frozenset({"pair"})
     constraint, cost = "representation", "2 forwards and backwards a step"
     paper = "Rosati et al."
     off = "steps=0"
@@ -153,11 +155,13 @@ class RepresentationRemoval(OfflineDefence):
         layers: tuple[int, ...] = (),
         states: str = "mlp",
         norm: float = 20.0,
+        retain: float = 1.0,
         steps: int = 300,
-        lr: float = 5e-4,
+        lr: float = 1e-4,
         batch: int = 32,
     ):
         super().__init__(steps, lr, batch)
+        self.needs = frozenset({"pair", "retain"} if retain else {"pair"})
         for field, value, allowed in (
             ("projection", projection, tuple(DISTANCES)),
             ("distance", distance, tuple(DISTANCES.get(projection, ()))),
@@ -168,11 +172,12 @@ class RepresentationRemoval(OfflineDefence):
                     f"{self.label}.{field}={value!r}; allowed: {', '.join(allowed)}"
                     + (f" with projection {projection!r}" if field == "distance" else "")
                 )
-        self.alpha, self.beta, self.norm = alpha, beta, norm
+        self.alpha, self.beta, self.norm, self.retain = alpha, beta, norm, retain
         self.projection, self.states, self.layers = projection, states, tuple(layers)
         self.distance = DISTANCES[projection][distance]
         self.original: nn.Module | None = None
         ranges = {"alpha": ">= 0", "beta": ">= 0", "layers": ">= 1", "norm": "> 0"}
+        ranges["retain"] = ">= 0"
         check_ranges(self, f"{self.label}.", **ranges)
 
     def begin(self, ctx: Context) -> None:
@@ -202,7 +207,10 @@ class RepresentationRemoval(OfflineDefence):
         pairs = ctx.data["pair"].next(self.batch)
         goal = self.goal(ctx, pairs) if self.beta else gaussian_noise(ctx.rng)
         settings = (self.alpha, self.beta, goal, self.distance, self.states, self.layers)
-        return removal_loss(ctx.model, pairs, *settings)
+        loss = removal_loss(ctx.model, pairs, *settings)
+        if self.retain:
+            loss = loss + self.retain * ctx.lm_loss(ctx.data["retain"].next(self.batch))
+        return loss
 
     def prepare(self, ctx: Context) -> None:
         """Train; then let go of the frozen copy."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,7 @@ class RMU(RepresentationRemoval):
         alpha: strength of the ascent, >= 0; ``seed`` only.
         beta: strength of the distance, >= 0; ``seed`` only.
         layer: target counted from 1; 0 is a quarter of the depth, at least 2.
+        retain: weight of a loss on benign answers, >= 0 (0 in the paper); ``seed`` only.
         steps: optimizer steps (80 of batch 4 in the paper); 0 is bitwise no defence.
         lr: peak learning rate (5e-5 in the paper, for billions of weights); ``seed`` wants 5e-4.
         batch: rows of each data role per step.
@@ -76,19 +78,20 @@ class RMU(RepresentationRemoval):
         alpha: float = 1.0,
         beta: float = 0.01,
         layer: int = 0,
+        retain: float = 1.0,
         steps: int = 300,
-        lr: float = 1e-2,
+        lr: float = 3e-3,
         batch: int = 32,
     ):
-        super().__init__(
-            "fixed", "euclidean", alpha, beta, (), "layer", norm, steps=steps, lr=lr, batch=batch
-        )
+        shared: Any = {"retain": retain, "steps": steps, "lr": lr, "batch": batch}
+        super().__init__("fixed", "euclidean", alpha, beta, (), "layer", norm, **shared)
         if variant not in VARIANTS:
             raise UsageError(f"{self.label}.variant={variant!r}; allowed: {', '.join(VARIANTS)}")
         self.variant, self.relative, self.gaussian = variant, relative, gaussian
         self.retain_weight, self.layer = retain_weight, layer
         check_ranges(self, f"{self.label}.", retain_weight=">= 0", layer=">= 0")
-        self.needs = frozenset({"pair"} if variant == "seed" else {"harm", "retain"})
+        if variant == "authors":
+            self.needs = frozenset({"harm", "retain"})
 
     def begin(self, ctx: Context) -> None:
         """Draw the vector; keep the weights that will change."""

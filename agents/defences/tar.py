@@ -77,8 +77,8 @@ class TAR(OfflineDefence):
 
     def __init__(
         self,
-        steps: int = 50,
-        lr: float = 1e-3,
+        steps: int = 40,
+        lr: float = 2e-3,
         batch: int = 16,
         warmup: float = 0.1,
         inner_steps: int = 16,

@@ -419,7 +419,8 @@ def test_layers_that_do_not_exist_are_refused(tiny, spec):
 
 def test_the_roles_a_variant_needs():
     assert made("rmu").needs == made("circuit_breakers").needs == {"harm", "retain"}
-    assert made("rmu", variant="seed").needs == made("rep_noise").needs == {"pair"}
+    assert made("rmu", variant="seed").needs == made("rep_noise").needs == {"pair", "retain"}
+    assert made("rep_noise", retain=0).needs == {"pair"}, "the published loss"
 
 
 # RepNoise.
