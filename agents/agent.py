@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.batches import LabelBatch, PairBatch, RolloutBatch, Sequences, winners
+from agents.batches import LabelBatch, PairBatch, RolloutBatch, winners
 from agents.context import Scorer
 from agents.defence import DefenceStack, StopLearning
 from agents.engines.transformers_engine import Sampled
@@ -27,16 +27,9 @@ from agents.learners.reward_model import RewardModel
 from agents.learners.update import Diverged, Learner
 from agents.policy import Policy, response_logprobs
 from agents.replay import Replay
+from agents.served import Served, joined
 from envs import rng as draws
-from envs.types import VOTE_A, VOTE_SKIP, VOTE_TIE, Labels, Responses
-
-
-class Served(NamedTuple):
-    """One round's prompts and answers, kept until their labels have come."""
-
-    round: int
-    stratum: np.ndarray  # (B,) observed
-    sampled: Sampled  # B*K rows
+from envs.types import Labels, Responses
 
 
 class Learned(NamedTuple):
@@ -205,43 +198,12 @@ class Agent:
             raise Diverged(str(error)) from error
 
     def _remember(self, labels: Labels) -> int:
-        """Join votes with the tokens they are about, drop skips; returns how many were kept."""
-        rows = np.flatnonzero(labels.vote != VOTE_SKIP)
-        if not len(rows):
+        """Put the votes into the window with the tokens they are about; returns how many."""
+        rows = joined(self.served, labels, self.responses)
+        if not len(rows["label_id"]):
             return 0
-        batch = len(self.served[-1].stratum)
-        rounds, row = np.divmod(labels.item[rows], batch)
-        first = self.served[0].round
-        place = rounds - first
-        known = {s.round for s in self.served}
-        assert set(np.unique(rounds)) <= known, "labels for rounds that are no longer held"
-        ids, mask, prompt_ids, prompt_mask = (
-            np.stack([getattr(s.sampled.sequences, name).numpy() for s in self.served])
-            for name in ("ids", "mask", "prompt_ids", "prompt_mask")
-        )
-        row_a = row * self.responses + labels.a[rows]
-        row_b = row * self.responses + labels.b[rows]
-        vote = labels.vote[rows]
-        target = np.where(vote == VOTE_TIE, 0.5, vote == VOTE_A).astype(np.float32)
-        strata = np.stack([s.stratum for s in self.served])
-        self.replay.add(
-            {
-                "prompt_ids": prompt_ids[place, row_a],
-                "prompt_mask": prompt_mask[place, row_a],
-                "a_ids": ids[place, row_a],
-                "a_mask": mask[place, row_a],
-                "b_ids": ids[place, row_b],
-                "b_mask": mask[place, row_b],
-                "label_id": labels.label_id[rows],
-                "item": labels.item[rows],
-                "annotator_id": labels.annotator[rows],
-                "target": target,
-                "weight": labels.weight[rows].astype(np.float32),
-                "round": labels.round[rows],
-                "stratum": strata[place, row],
-            }
-        )
-        return min(len(rows), self.replay.window)
+        self.replay.add(rows)
+        return min(len(rows["label_id"]), self.replay.window)
 
     def _responses(self, sampled: Sampled, k: int) -> Responses:
         ids, mask = sampled.sequences.ids.numpy(), sampled.sequences.mask.numpy()
@@ -269,7 +231,7 @@ class Agent:
             "contexts": {name: stack.ctx.state_dict() for name, stack in self.stacks().items()},
             "defences": {name: stack.state_dict() for name, stack in self.stacks().items()},
             "replay": self.replay.state_dict(),
-            "served": [_pack(served) for served in self.served],
+            "served": [served.state_dict() for served in self.served],
         }
         if self.reward_model is not None:
             state["reward_model"] = self.reward_model.ctx.model.state_dict()
@@ -288,27 +250,10 @@ class Agent:
         for name, stack in self.stacks().items():
             stack.ctx.load_state_dict(state["contexts"][name])
         self.replay.load_state_dict(state["replay"])
-        self.served = [_unpack(served) for served in state["served"]]
+        self.served = [Served.from_state(served) for served in state["served"]]
         self.round = self.policy.version = int(state["round"])
 
 
 def _prompts(observation: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor]:
     ids, mask = observation["prompt_ids"], observation["prompt_mask"]
     return torch.from_numpy(np.asarray(ids, np.int64)), torch.from_numpy(np.asarray(mask, np.int64))
-
-
-def _pack(served: Served) -> dict[str, Any]:
-    sequences = served.sampled.sequences._asdict()
-    return {
-        "round": served.round,
-        "stratum": served.stratum,
-        "logprobs": served.sampled.logprobs,
-        **sequences,
-    }
-
-
-def _unpack(state: dict[str, Any]) -> Served:
-    sequences = Sequences(*(state[name] for name in Sequences._fields))
-    return Served(
-        int(state["round"]), np.asarray(state["stratum"]), Sampled(sequences, state["logprobs"])
-    )

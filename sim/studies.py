@@ -4,6 +4,7 @@
     tuning    learning rate and KL of every learner, on the development worlds 0-2
     learners  every learner under no attack, full attack, label flips and the default attack's grid,
               on the worlds 3-5 that nothing was tuned on
+    judges    malicious GRPO at two temperatures against the defences that are meant for it
 
 ``poisonloop sweep --study NAME`` runs one; like every sweep it is restartable.
 """
@@ -20,7 +21,7 @@ from agents.learners.grpo import GRPOConfig
 from agents.learners.ppo import PPOConfig
 from agents.learners.reward_model import RewardModelConfig
 from agents.learners.sft import SFTConfig
-from sim.config import DEFAULT_ATTACK, AttackConfig, Config, EvaluationConfig
+from sim.config import DEFAULT_ATTACK, AttackConfig, Config, EvaluationConfig, FeedbackConfig
 from sim.presets import preset
 
 DEVELOPMENT_WORLDS, REPORT_WORLDS = (0, 1, 2), (3, 4, 5)
@@ -112,4 +113,28 @@ def learners() -> list[Config]:
     return _over(arms, REPORT_WORLDS, SEEDS)
 
 
-STUDIES = {"demo": demo, "tuning": tuning, "learners": learners}
+def judges() -> list[Config]:
+    """An attacker who owns the reward, against defences that take its contrasts away.
+
+    200 steps of GRPO without a KL term, 16 prompts of 8 answers a step. Her temperature and her
+    number of prompts are axes, since both bring variance back.
+    """
+    clean = Config(
+        rounds=200,
+        threat="offline",
+        learner=GRPOConfig(beta=0.0),
+        feedback=FeedbackConfig(batch=16, responses=8),
+        evaluation=EvaluationConfig(every=5, n_true=0, stop_on_exit=True),
+        checkpoint_every=200,
+        samples_per_round=1,
+    )
+    attacks = ("malicious_grpo", "malicious_grpo(temperature=2.0)", "malicious_grpo(prompts=64)")
+    lists = ((), ("reward_neutralization",), ("reward_neutralization(steps=300)",))
+    arms = [
+        replace(clean, attack=AttackConfig(name, rho=1.0), defences=members)
+        for name, members in itertools.product(attacks, (*lists, ("token_buncher",)))
+    ]
+    return _over(arms, REPORT_WORLDS, (0,))
+
+
+STUDIES = {"demo": demo, "tuning": tuning, "learners": learners, "judges": judges}
