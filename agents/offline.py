@@ -62,13 +62,13 @@ class OfflineDefence(Defence):
         rate = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share_of_rate)
         for step in ctx.track(range(self.steps), self.label):
             optimizer.zero_grad(set_to_none=True)
-            loss = self.gradient(ctx, step)
-            nn.utils.clip_grad_norm_(params, MAX_NORM)
-            if not math.isfinite(loss):
-                raise UsageError(
-                    f"defence {self.label}: loss={loss} at step {step + 1}; "
-                    "allowed: settings under which it stays finite"
-                )
+            try:
+                loss = self.gradient(ctx, step)
+            except FloatingPointError as error:  # the sampler met logits that are not finite
+                raise self._broken(step, str(error)) from error
+            norm = float(nn.utils.clip_grad_norm_(params, MAX_NORM))
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise self._broken(step, f"loss {loss}, gradient norm {norm}")
             optimizer.step()
             rate.step()
         for p in ctx.model.parameters():
@@ -79,6 +79,13 @@ class OfflineDefence(Defence):
         loss = self.loss(ctx, step)
         loss.backward()
         return float(loss.detach())
+
+    def _broken(self, step: int, what: str) -> UsageError:
+        """The error of a training that went to infinity."""
+        return UsageError(
+            f"defence {self.label}: {what} at step {step + 1}; "
+            "allowed: settings under which it stays finite"
+        )
 
     def _share_of_rate(self, step: int) -> float:
         """Of the peak: linear over the warm-up, then a half cosine to zero."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -194,7 +195,9 @@ def load_object(target: str, kind: str) -> Any:
     with blamed_on(f"{kind}: cannot import {where!r}", "a module or file that Python can import"):
         if where.endswith(".py"):
             path = Path(where).resolve()
-            spec = importlib.util.spec_from_file_location(f"poisonloop_plugin_{path.stem}", path)
+            place = hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()
+            name_of_file = f"poisonloop_plugin_{path.stem}_{place}"  # two files may share a stem
+            spec = importlib.util.spec_from_file_location(name_of_file, path)
             if spec is None or spec.loader is None or not path.is_file():
                 raise UsageError(f"{kind}: no Python file at {where!r}; allowed: an existing one")
             module = importlib.util.module_from_spec(spec)

@@ -38,6 +38,14 @@ def check(config: Config) -> None:
     """
     check_types(Config, vars(config))
     members = [defences.create(spec) for spec in config.defences]
+    acting = [member.label for member in members if not member.offline]
+    if config.threat == "offline" and acting:
+        from sim.defended import offline_names
+
+        raise UsageError(
+            f"threat='offline' with defences={acting[0]!r}, which acts while the model is trained; "
+            f"allowed: defences that act before its release ({', '.join(offline_names())})"
+        )
     if unusual := order_warning(members):
         warnings.warn(f"defences: {unusual}", stacklevel=2)
     attack = attacks.create(config.attack.name)

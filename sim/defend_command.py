@@ -20,6 +20,7 @@ from envs.usage import UsageError
 from sim import flags
 from sim.checks import check, check_out, settled
 from sim.config import Config
+from sim.defended import offline_names
 from sim.presets import PRESETS
 
 USAGE = """\
@@ -62,11 +63,6 @@ def defend(words: list[str]) -> int:
 def _flags(config: Config) -> str:
     """The flags of a run that starts from this very model."""
     return shlex.join(word for spec in config.defences for word in ("--defence", spec))
-
-
-def offline_names() -> list[str]:
-    """Registered defences that only prepare a model."""
-    return [name for name in defences.names() if getattr(defences.get(name), "offline", False)]
 
 
 def refuse_online(config: Config) -> None:

@@ -9,10 +9,10 @@ keeps two builders apart, and it appears under its final name only when complete
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
@@ -29,10 +29,34 @@ from agents.policy import Policy, load_causal_lm, load_tokenizer
 from envs import rng as draws
 from sim.bootstrap import ROOT, cache_folder, code
 from sim.config import Config
+from sim.hashes import digest
 from sim.scenario import Scenario
+from sim.threads import torch_threads
 
-SOURCES = ("agents/*.py", "agents/defences/*.py", "agents/engines/*.py", "agents/learners/*.py")
+SOURCES = (
+    "envs/rng.py",
+    "envs/frozen.py",
+    "agents/*.py",
+    "agents/*/*.py",
+    "sim/scenario.py",
+    "sim/real_text.py",
+)
 """Files whose code decides what a defence makes of a model."""
+
+
+def _code_of_this_process() -> str:
+    """Hash of :data:`SOURCES` when they are loaded: files may be edited during a long run."""
+    files = [path for pattern in SOURCES for path in sorted(ROOT.glob(pattern))]
+    texts = "".join(code(path.read_text()) for path in files)
+    return hashlib.sha256(texts.encode()).hexdigest()
+
+
+CODE = _code_of_this_process()
+
+
+def offline_names() -> list[str]:
+    """Registered defences that only prepare a model."""
+    return [name for name in defences.names() if getattr(defences.get(name), "offline", False)]
 
 
 def offline_prefix(specs: Iterable[str]) -> list[Defence]:
@@ -50,8 +74,7 @@ def with_defended_policy(config: Config, scenario: Scenario, progress: bool = Fa
     if not members:
         return scenario
     folder = build(config, scenario, members, progress)
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    hashes = {**scenario.hashes, "defended": digest}
+    hashes = {**scenario.hashes, "defended": digest(sorted(folder.glob("*.safetensors")))}
     return replace(scenario, policy=folder, hashes=hashes, prepared=len(members))
 
 
@@ -65,7 +88,9 @@ def build(config: Config, scenario: Scenario, members: Sequence[Defence], progre
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not (folder / "config.json").exists():
-                _build_into(folder, config, scenario, members, progress)
+                shutil.rmtree(folder, ignore_errors=True)  # a damaged one would block its name
+                with torch_threads(config.threads):  # on which the last bits depend
+                    _build_into(folder, config, scenario, members, progress)
     return folder
 
 
@@ -78,18 +103,20 @@ def fingerprint(config: Config, scenario: Scenario, members: Sequence[Defence]) 
         "models": scenario.hashes,
         "policy": scenario.policy.name,
         "sampler": asdict(config.sampler),
+        "text": asdict(config.text),
         "threads": config.threads,
+        "code": CODE,
         "versions": (torch.__version__, transformers.__version__),
     }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for role in sorted(scenario.roles):
         for column in _columns(scenario.roles[role]):
-            digest.update(column.numpy().tobytes())
-    files = [path for pattern in SOURCES for path in sorted(ROOT.glob(pattern))]
-    own = {str(inspect.getsourcefile(type(member))) for member in members}
-    for path in [*files, *map(Path, sorted(own))]:
-        digest.update(code(path.read_text()).encode())
-    return digest.hexdigest()[:16]
+            found.update(column.numpy().tobytes())
+    kinds = (kind for member in members for kind in type(member).__mro__)
+    own = {getattr(sys.modules.get(kind.__module__), "__file__", None) for kind in kinds}
+    for file in sorted(filter(None, own)):
+        found.update(code(Path(file).read_text()).encode())
+    return found.hexdigest()[:16]
 
 
 def _columns(data: Any) -> list[torch.Tensor]:

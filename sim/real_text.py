@@ -13,7 +13,6 @@ the embedded world's scenario takes from its builder comes here from the directo
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +31,7 @@ from envs.scorers import TextScorer
 from envs.types import PromptTable
 from envs.usage import UsageError, blamed_on
 from sim.config import Config
+from sim.hashes import digest
 from sim.scenario import Scenario, check_lengths, with_derived_roles
 
 
@@ -214,16 +214,11 @@ def _hashes(policy: Path, reward: Path, classifier: str | None, data: Path) -> d
     weights = {"policy": policy, "reward_base": reward}
     if classifier is not None:
         weights["classifier"] = Path(classifier)
-    files = {name: sorted(folder.glob("*.safetensors")) for name, folder in weights.items()}
-    files["tokenizer"] = sorted(policy.glob("tokenizer*")) + sorted(policy.glob("*.jinja"))
-    files["data"] = [data]
-    return {name: _digest(paths) for name, paths in files.items()}
+    files = {name: _loaded_from(folder) for name, folder in weights.items()}
+    return {name: digest(paths) for name, paths in {**files, "data": [data]}.items()}
 
 
-def _digest(paths: list[Path]) -> str:
-    state = hashlib.blake2b(digest_size=16)
-    for path in paths:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                state.update(block)
-    return state.hexdigest()
+def _loaded_from(folder: Path) -> list[Path]:
+    """Weights, configurations and tokenizer of a model's folder."""
+    kinds = (".safetensors", ".json", ".jinja", ".model", ".txt")
+    return sorted(path for path in folder.iterdir() if path.suffix in kinds)

@@ -23,6 +23,9 @@ from envs.types import CONTRAST, HARMFUL, PromptTable
 from envs.usage import UsageError
 from sim.config import Config
 
+SCORED = 256
+"""Answers in one forward pass of a learned scorer."""
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -56,14 +59,16 @@ class Scenario:
 
 def make_scenario(config: Config, progress: bool = False) -> Scenario:
     """The embedded world's scenario, or the one of ``config.text``."""
-    from sim.defended import with_defended_policy
-
     if config.text.model:
         from sim.real_text import text_scenario
 
         scenario = text_scenario(config)
     else:
         scenario = world_scenario(config, progress)
+    if not config.defences:
+        return scenario
+    from sim.defended import with_defended_policy
+
     return with_defended_policy(config, scenario, progress)
 
 
@@ -117,7 +122,9 @@ def probability_of_harm(classifier: Path) -> Scorer:
     def score(sequences: Sequences) -> torch.Tensor:
         if not loaded:
             loaded.append(freeze_copy(load_reward_model(classifier, 0)))
-        return torch.sigmoid(sequence_rewards(loaded[0], sequences))
+        rows = torch.arange(len(sequences)).split(SCORED)
+        parts = [sequence_rewards(loaded[0], sequences.take(part)) for part in rows]
+        return torch.sigmoid(torch.cat(parts))
 
     return score
 

@@ -86,10 +86,10 @@ def turn(loop: Loop) -> float:
 
 
 @torch.no_grad()
-def length(loop: Loop) -> float:
-    """Mean norm of harmful states after the first layer."""
+def last_length(loop: Loop) -> float:
+    """Mean norm of harmful states after the last layer."""
     seen = capture(context(loop).model, rows(loop, "harm_heldout"))
-    return float(seen.layers[1][seen.tokens].norm(dim=-1).mean())
+    return float(seen.layers[-1][seen.tokens].norm(dim=-1).mean())
 
 
 def attacked_loss(loop: Loop, steps: int = 16, lr: float = 3e-4) -> float:

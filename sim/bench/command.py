@@ -87,9 +87,10 @@ def _growth(asked: argparse.Namespace) -> dict[str, Any]:
 
     from sim.bench.growth import growth
     from sim.bench.growth_plot import plot_growth
-    from sim.bench.machine import describe, matmul_rate, torch_threads
+    from sim.bench.machine import describe, matmul_rate
     from sim.config import Config
     from sim.scenario import make_scenario
+    from sim.threads import torch_threads
 
     make_scenario(Config(), progress=True)  # builds missing models once
     console, curves = Console(), {}

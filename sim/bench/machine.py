@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,17 +66,6 @@ def copy_rate(repetitions: int = 5) -> float:
         target.copy_(source)
         seconds.append(time.perf_counter() - began)
     return 2.0 * COPIED / min(seconds[1:])
-
-
-@contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """A block on ``threads`` torch threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def describe(threads: int, rate: float) -> dict[str, object]:

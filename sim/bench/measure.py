@@ -35,8 +35,9 @@ def bench(
         threads: torch threads, for everything.
         against: ``"trl"`` or nothing.
     """
-    from sim.bench.machine import describe, matmul_rate, torch_threads
+    from sim.bench.machine import describe, matmul_rate
     from sim.bench.rounds import OurRounds
+    from sim.threads import torch_threads
 
     with torch_threads(threads):
         rate = matmul_rate()

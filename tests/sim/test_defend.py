@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -16,6 +15,7 @@ import pytest
 
 from agents.defence import CONSTRAINTS, defences
 from sim.cli import main
+from sim.hashes import digest
 from sim.listing import defence_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,7 +75,7 @@ def test_a_defended_model_is_saved_whole(
     out = in_tmp / "a/b"
     facts = json.loads((out / "defended.json").read_text())
     weights = (out / "model.safetensors").read_bytes()
-    assert facts["hashes"]["defended"] == hashlib.sha256(weights).hexdigest()
+    assert facts["hashes"]["defended"] == digest([out / "model.safetensors"])
     assert facts["defences"] == [f"{in_tmp / 'mine.py'}:Mine(steps=3)"]
     assert facts["world"]["seed"] == 0 and list(facts["plugin_hashes"]) == facts["defences"]
     model, start = load_causal_lm(out), load_causal_lm(embedded_models.aligned)

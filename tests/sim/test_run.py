@@ -176,13 +176,21 @@ def test_resume_loads_defences_instead_of_preparing_them(tmp_path, embedded_mode
 
 
 def test_offline_defences_prepare_and_then_stand_aside(tmp_path, embedded_models):
+    """One that keeps refusing to learn while it acts does nothing to the attacker's own loop."""
     from sim.run import run
 
+    (tmp_path / "kept.py").write_text(
+        "from agents.defences.controls import Freeze\nclass Kept(Freeze):\n    offline = True\n"
+    )
+    kept = (f"{tmp_path / 'kept.py'}:Kept",)
     short = replace(SMALL, rounds=2)
     run(short, tmp_path / "none")
-    run(replace(short, threat="offline", defences=("freeze",)), tmp_path / "offline")
+    run(replace(short, threat="offline", defences=kept), tmp_path / "offline")
     last = "policies/round-000002.safetensors"
     assert (tmp_path / "none" / last).read_bytes() == (tmp_path / "offline" / last).read_bytes()
+    with pytest.raises(ValueError, match=r"threat='offline' with defences='freeze'.*rep_noise"):
+        run(replace(short, threat="offline", defences=("freeze",)), tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
 
 
 def test_delayed_labels_arrive_with_their_samples(tmp_path, embedded_models):
