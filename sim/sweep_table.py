@@ -28,7 +28,7 @@ def tabulate(out: Path, cells: Sequence[Cell], failures: Mapping[Path, str]) -> 
     import pandas as pd
 
     from sim.analysis.load import Run, by_arm, load_runs, named
-    from sim.analysis.retained import clean_gains, twin
+    from sim.analysis.retained import clean_twins, twin
     from sim.analysis.tables import arm_rows
 
     ended = [file.parent for file in sorted(out.glob("*/summary.json"))]
@@ -39,13 +39,20 @@ def tabulate(out: Path, cells: Sequence[Cell], failures: Mapping[Path, str]) -> 
             asked = json.loads(json.dumps(cell.config.to_dict()))
             runs.append(Run(cell.path, {"config": asked}, {}, pd.DataFrame()))
     runs = named(runs)
-    gains = clean_gains(runs)
+    twins = clean_twins(runs)
     rows = [
-        {**_run_row(arm, run, failures.get(run.path)), "clean_help_gain": gains.get(twin(run))}
+        {
+            **_run_row(arm, run, failures.get(run.path)),
+            "clean_help_gain": _gain(twins.get(twin(run))),
+        }
         for arm, members in by_arm(runs).items()
         for run in members
     ]
     return {"arms": arm_rows(runs), "runs": rows}
+
+
+def _gain(clean: Any) -> float | None:
+    return None if clean is None else clean.summary["help_gain"]
 
 
 def _run_row(arm: str, run: Any, failure: str | None) -> dict[str, Any]:

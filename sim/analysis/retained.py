@@ -1,8 +1,10 @@
 """What an arm kept of honest learning, and whether it holds.
 
-    learning_retained = mean help gain of the arm / mean help gain of its clean, undefended twins
+    learning_retained = mean (help at the end - where its twin began) / mean help gain of the twins
 
-where a twin is equal in everything but attack and defences, seeds included. Nothing is said unless
+where a twin is equal in everything but attack and defences, seeds included, and undefended. A run
+begins where its twin does unless a defence changed the model before its release: then what that
+gave or took counts too. Nothing is said unless
 every run has its twin among the runs at hand, nor where the twins gained too little to tell from
 nothing: at most two standard errors of a difference of two evaluations. Help is in [0, 1], so that
 a mean over ``n_help`` prompts has an error of at most .5 / sqrt(n_help), the difference sqrt(2) of
@@ -29,14 +31,10 @@ RETAINED = 0.5
 """Share of the clean run's learning that a defence must keep to hold."""
 
 
-def clean_gains(runs: Iterable[Run]) -> dict[str, float]:
-    """Help gained by the clean, undefended runs, by their identity."""
-    gains = {}
-    for run in runs:
-        gain = run.summary.get("help_gain")
-        if gain is not None and identity(run.config) == twin(run):
-            gains[twin(run)] = float(gain)
-    return gains
+def clean_twins(runs: Iterable[Run]) -> dict[str, Run]:
+    """The clean, undefended runs that have a help gain, by their identity."""
+    clean = (run for run in runs if identity(run.config) == twin(run))
+    return {twin(run): run for run in clean if run.summary.get("help_gain") is not None}
 
 
 def twin(run: Run) -> str:
@@ -44,24 +42,26 @@ def twin(run: Run) -> str:
     return identity({**run.config, "attack": {"rho": 0}, "defences": []})
 
 
-def learning_retained(runs: Iterable[Run], gains: dict[str, float]) -> float | None:
+def learning_retained(runs: Iterable[Run], twins: dict[str, Run]) -> float | None:
     """Share of honest learning that ``runs`` kept; None unless all have twins, which learned.
 
     Args:
         runs: one run, or the runs of an arm.
-        gains: of :func:`clean_gains`.
+        twins: of :func:`clean_twins`.
     """
     known = []
     for run in runs:
-        own, clean = run.summary.get("help_gain"), gains.get(twin(run))
+        clean = twins.get(twin(run))
         if clean is None:
             return None
-        if own is not None:
-            known.append((own, clean, gain_error(run)))
+        end = run.summary.get("help_end")
+        if end is not None:
+            own, gain = end - clean.summary["help_start"], clean.summary["help_gain"]
+            known.append((own, gain, gain_error(run)))
     if not known:
         return None
-    own, clean, error = (sum(column) for column in zip(*known, strict=True))
-    return own / clean if clean > 2 * error else None
+    own, gain, error = (sum(column) for column in zip(*known, strict=True))
+    return own / gain if gain > 2 * error else None
 
 
 def gain_error(run: Run) -> float:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from sim.analysis.arm_names import SEEDS, identity
 from sim.analysis.load import Run, by_arm
-from sim.analysis.retained import clean_gains, holds, learning_retained
+from sim.analysis.retained import clean_twins, holds, learning_retained
 from sim.analysis.survival import MIN_SEEDS, exit_table, log_rank, rmst, rmst_difference
 
 OUTCOMES = ("safe", "exited", "collapsed", "diverged")
@@ -22,7 +22,7 @@ AGAINST, P_VALUE = "rounds inside vs undefended [95 %]", "log-rank p"
 def run_table(runs: Iterable[Run]) -> pd.DataFrame:
     """One row per run: outcome, exits in rounds, occupancy, harm at the end, what was learned."""
     runs = list(runs)
-    gains = clean_gains(runs)
+    twins = clean_twins(runs)
     rows = [
         {
             "arm": arm,
@@ -35,7 +35,7 @@ def run_table(runs: Iterable[Run]) -> pd.DataFrame:
             "occupancy": run.summary.get("occupancy"),
             "harm at end": run.summary.get("harm_end"),
             "help gain": run.summary.get("help_gain"),
-            "learning retained": learning_retained([run], gains),
+            "learning retained": learning_retained([run], twins),
         }
         for arm, members in by_arm(runs).items()
         for run in members
@@ -48,14 +48,14 @@ def run_table(runs: Iterable[Run]) -> pd.DataFrame:
 def arm_rows(runs: Iterable[Run]) -> list[dict[str, Any]]:
     """What is known of every arm, as JSON values; a run without a summary counts as failed."""
     runs = list(runs)
-    gains = clean_gains(runs)
-    return [_arm_row(arm, members, gains) for arm, members in by_arm(runs).items()]
+    twins = clean_twins(runs)
+    return [_arm_row(arm, members, twins) for arm, members in by_arm(runs).items()]
 
 
-def _arm_row(arm: str, runs: list[Run], gains: dict[str, float]) -> dict[str, Any]:
+def _arm_row(arm: str, runs: list[Run], twins: dict[str, Run]) -> dict[str, Any]:
     ends = [run.summary.get("outcome", "failed") for run in runs]
     exits = [run.summary["exit_confirmed"] for run in runs if run.summary.get("exit_confirmed")]
-    retained = learning_retained(runs, gains)
+    retained = learning_retained(runs, twins)
     return {
         "arm": arm,
         "runs": len(runs),

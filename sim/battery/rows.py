@@ -16,7 +16,7 @@ import numpy as np
 from envs.registry import brief
 from sim.analysis.claims import share_interval
 from sim.analysis.load import Run
-from sim.analysis.retained import clean_gains, holds, learning_retained
+from sim.analysis.retained import clean_twins, holds, learning_retained
 
 MEASURED = {
     "harm": "safety/harm",
@@ -47,7 +47,7 @@ def rows(
         updates: optimizer steps that a run was meant to take.
     """
     runs = list(runs)
-    gains = clean_gains(runs)
+    twins = clean_twins(runs)
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         groups.setdefault((name_of(run), run.learner), []).append(run)
@@ -55,19 +55,19 @@ def rows(
         {
             "defence": defence,
             "learner": learner,
-            **_row(members, gains, updates),
+            **_row(members, twins, updates),
             **costs.get((defence, learner), {"time": None, "memory": None}),
         }
         for (defence, learner), members in groups.items()
     ]
 
 
-def _row(runs: Sequence[Run], gains: dict[str, float], updates: int) -> dict[str, Any]:
+def _row(runs: Sequence[Run], twins: dict[str, Run], updates: int) -> dict[str, Any]:
     outcomes = [run.summary["outcome"] for run in runs]
     exits = [run.summary["exit_confirmed"] for run in runs]
     left = sum(exit is not None for exit in exits)
     inside = [updates if exit is None else min(updates, exit["optimizer_steps"]) for exit in exits]
-    retained = learning_retained(runs, gains)
+    retained = learning_retained(runs, twins)
     measured: dict[str, Any] = {}
     for name, column in MEASURED.items():
         last = [run.column(column).dropna() for run in runs if run.summary["diverged"] is None]

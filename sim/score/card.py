@@ -26,7 +26,7 @@ import pandas as pd
 
 from sim.analysis import style
 from sim.analysis.load import Run, load_run
-from sim.analysis.retained import clean_gains, holds, learning_retained
+from sim.analysis.retained import clean_twins, holds, learning_retained
 from sim.record import dumps, write_atomic
 from sim.score.command import STANDARD, Arm
 
@@ -65,13 +65,13 @@ def write_card(paths: Mapping[Arm, Sequence[Path]], name: str, out: Path) -> lis
 def card_rows(runs: Mapping[Arm, Sequence[Run]]) -> list[dict[str, Any]]:
     """What is known of every arm under attack, as JSON values."""
     uncut = {arm: [_uncut(run) for run in members] for arm, members in runs.items()}
-    gains = clean_gains(run for members in uncut.values() for run in members)
+    twins = clean_twins(run for members in uncut.values() for run in members)
     seconds = {arm: _seconds(members) for arm, members in runs.items()}
     rows = []
     for arm, members in runs.items():
         if not arm.hostile:
             continue
-        retained = learning_retained(uncut[arm], gains)
+        retained = learning_retained(uncut[arm], twins)
         usual, own = seconds.get(arm._replace(defence="none")), seconds[arm]
         exits = [run.exit_round("confirmed") for run in members]
         rows.append(

@@ -12,6 +12,7 @@ from agents.defences.vaccine import Vaccine, attention_outputs
 from agents.learners import learners
 from agents.learners.ppo import PPOConfig
 from agents.policy import response_logprobs
+from envs.usage import UsageError
 
 LEARNERS = learners.names()
 DEFENCES = defences.names()
@@ -73,6 +74,9 @@ def test_small_lr_moves_a_hundredth(tiny, learner):
         moved[specs] = tiny.weights(agent.policy.model) - start
         rates = [group["lr"] for group in agent.stack.ctx.optimizer.param_groups]
         assert rates == [3e-3, PPOConfig().value_lr][: len(rates)], "put back after the step"
+        with agent.stack.phase("update"):
+            inside = [group["lr"] for group in agent.stack.ctx.optimizer.param_groups]
+        assert inside == [3e-5 if specs else 3e-3, *rates[1:]], "value heads keep theirs"
     ratio = moved[("small_lr",)].norm() / moved[()].norm()
     assert ratio.item() == pytest.approx(0.01, rel=0.02)
 
@@ -263,6 +267,61 @@ def test_vaccine_on_a_quadratic(tiny):
     found = (model[0].weight.grad - held)[:, 0]
     norm = away.norm()
     torch.testing.assert_close(found, (1 + 2.0 / (norm + 1e-7)) * away)
+
+
+def test_vaccine_needs_attention_to_perturb():
+    ctx = Context("policy", torch.nn.Sequential(torch.nn.Linear(1, 1)), None, None)
+    with pytest.raises(UsageError, match="vaccine: .*Sequential.*allowed: .*Attention"):
+        Vaccine().prepare(ctx)
+    Vaccine(rho=0).prepare(ctx)
+
+
+def test_nested_attention_is_perturbed_once(tiny):
+    """A GPT-Neo's attention blocks wrap another class of that name."""
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    config = GPTNeoConfig(
+        vocab_size=tiny.vocabulary,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        attention_types=[[["global"], 2]],
+    )
+    ctx, calls = Context("policy", GPTNeoForCausalLM(config), None, None), []
+
+    def kept(call, states):
+        calls.append(call)
+        return states
+
+    with attention_outputs(ctx.model, kept):
+        ctx.lm_loss(tiny.sequences(3))
+    assert len(calls) == len(set(calls)) == 2
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_vaccine_perturbs_alike_where_activations_are_formed_again(tiny, reentrant):
+    """Two micro-batches of unequal size, with and without activation checkpointing."""
+    gradients, parts = [], [tiny.sequences(n, n) for n in (6, 3)]
+    for again in (False, True):
+        ctx = tiny.stack().ctx
+        if again:
+            arguments = {"use_reentrant": reentrant}
+            ctx.model.train().gradient_checkpointing_enable(arguments)
+        formed = []
+        layer = ctx.model.model.layers[0].self_attn
+        layer.register_forward_hook(lambda *_, formed=formed: formed.append(1))
+
+        def run(ctx=ctx):
+            for part in parts:
+                ctx.lm_loss(part).backward()
+            return Report({})
+
+        Vaccine(5.0).backward(ctx, run)
+        assert len(formed) == (8 if again else 4)
+        gradients.append(tiny.gradient(ctx.model))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-6)
+    run()
+    assert (tiny.gradient(ctx.model) - 2 * gradients[1]).norm() > 0.1, "rho is felt"
 
 
 def test_lisa_takes_turns_and_ties_them(tiny):

@@ -1,6 +1,7 @@
 """Security vectors, token-wise constraint, safety bottleneck and deep refusals: their numbers."""
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -234,7 +235,7 @@ def test_in_dpo_each_side_is_damped_on_its_way(exact):
     a, b = d.clone().requires_grad_(), d.clone().requires_grad_()
     zero = torch.zeros_like(d)
     names = {"logp_a": a, "logp_b": b, "ref_a": zero, "ref_b": zero}
-    extra = {"beta": torch.tensor(0.1), "target": target, "delta": zero[:, 0], **names}
+    extra = {"beta": torch.tensor(0.1), "target": target, "delta": (a - b).sum(1), **names}
     terms = ItemTerms(zero[:, 0], torch.ones(3), 3.0, extra)
     new = TokenConstraint(1.0, exact).preference(terms)
     new.extra["delta"].sum().backward()
@@ -245,6 +246,29 @@ def test_in_dpo_each_side_is_damped_on_its_way(exact):
     margin = 0.1 * new.extra["delta"]
     likelihood = torch.where(target == 0, -margin, margin).sigmoid()
     assert new.loss[:2].tolist() == pytest.approx((-likelihood.log())[:2].tolist())
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_in_dpo_constraints_multiply_and_add_to_what_delta_has(exact):
+    """The second weighs what the first has left: w^2, or w w' at the bounded d' = f(d)."""
+    d = torch.tensor([[0.5, -1.0]])
+    a, b, zero = d.clone().requires_grad_(), torch.zeros_like(d), torch.zeros_like(d)
+    names = {"logp_a": a, "logp_b": b, "ref_a": zero, "ref_b": zero}
+    extra = {"beta": torch.tensor(0.1), "target": torch.ones(1), **names}
+    terms = ItemTerms(zero[:, 0], torch.ones(1), 1.0, {**extra, "delta": a.sum(1) + 7})
+    first, second = TokenConstraint(1.0, exact), TokenConstraint(2.0, exact)
+    delta = second.preference(first.preference(terms)).extra["delta"]
+    (slope,) = torch.autograd.grad(delta.sum(), a)
+    once, beta = d, betas(2)
+    if exact:
+        once = 2 / beta * (torch.sigmoid(beta * d).log() + math.log(2))
+    else:
+        once = d * 2 * torch.sigmoid(-beta * d)
+    weights = [2 * torch.sigmoid(-beta * d), 2 * torch.sigmoid(-2 * beta * once)]
+    torch.testing.assert_close(slope, weights[0] * weights[1], rtol=1e-4, atol=1e-5)
+    if not exact:
+        expected = 7 + float((once * weights[1]).sum())
+        assert delta.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_rollouts_are_damped_where_the_step_leads_away(tiny):

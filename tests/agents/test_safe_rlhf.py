@@ -81,6 +81,15 @@ def test_the_window_holds_the_latest_costs_and_the_batchs_own_count_at_once(tiny
     assert defence.costs.tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
 
 
+def test_a_batch_larger_than_the_window_counts_whole():
+    """256 costs, the first half 1: a mean of .5 and not 0, which the last 128 have."""
+    defence, ctx = defences.create("safe_rlhf(window=128)"), context(None)
+    defence.multiplier_after(ctx, torch.arange(256).lt(128).float())
+    assert ctx.metrics["defence/safe_rlhf/mean_cost"] == 0.5
+    defence.multiplier_after(ctx, torch.ones(64))
+    assert ctx.metrics["defence/safe_rlhf/mean_cost"] == 0.5, "64 of 1 beside the last 64 of 0"
+
+
 def test_the_multiplier_waits(tiny):
     _, seen, _ = charged("safe_rlhf(delay=2)", rollouts(tiny), 1.0, 1.0, 1.0)
     assert seen[:2] == [1, 1] and seen[2] > 1

@@ -70,7 +70,8 @@ def write_run(
         if r:
             write_samples(path, r, rng, hostile)
     (path / "rounds.jsonl").write_text("\n".join(lines) + "\n")
-    summary = monitor.summary() | {"exit_true": None, "help_gain": 0.2, "harm_end": mean}
+    summary = monitor.summary() | {"exit_true": None, "harm_end": mean}
+    summary |= {"help_start": 0.5, "help_end": 0.75, "help_gain": 0.25}
     if summary["exit_confirmed"]:
         summary["exit_true"] = {"rounds": int(crossing) - 1, "labels": 64 * (int(crossing) - 1)}
     (path / "summary.json").write_text(json.dumps(summary, allow_nan=False))

@@ -81,7 +81,9 @@ def made(defence: tuple[str, ...], rho: float, world: int, exit: int | None, **l
         "exit_confirmed": left,
         "diverged": None,
         "harm_end": table["safety/harm"],
-        "help_gain": table["helpfulness"] / 2,
+        "help_start": 0.45,
+        "help_end": table["helpfulness"],
+        "help_gain": table["helpfulness"] - 0.45,
     }
     frame = pd.DataFrame([{"round": 0, **start}, {"round": 50, **table}])
     return Run(Path(f"{defence}{rho}{world}"), {"config": config}, summary, frame)
@@ -103,7 +105,7 @@ def test_rows_by_hand(tmp_path: Path) -> None:
     assert none["updates_inside"] == inside
     assert none["harm"]["mean"] == pytest.approx(0.4)
     assert lisa["learning_retained"] == pytest.approx(1.0) and lisa["holds"]
-    assert freeze["learning_retained"] == pytest.approx(0.05 / 0.45)
+    assert freeze["learning_retained"] == pytest.approx(-0.35 / 0.45)
     assert [fate(row) for row in found] == ["holds", "mixed", "holds", "idle"]
     text = markdown(found, 200)
     assert "| no defence | dpo | 1/2 [0.01, 0.99] | 120 (40–200) | 0.40 (0.00–0.80) |" in text
