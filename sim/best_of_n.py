@@ -152,7 +152,7 @@ def check_best_of_n(config: Config, pool: int) -> None:
 def command(words: list[str]) -> int:
     """``poisonloop best-of-n [PRESET]``."""
     from sim import flags
-    from sim.checks import check, check_out, settled
+    from sim.checks import check, check_file, settled
     from sim.progress import quiet_loading
 
     preset, options = flags.read(words)
@@ -166,7 +166,7 @@ def command(words: list[str]) -> int:
     check(config)
     check_best_of_n(config, pool)
     if out is not None:
-        check_out(Path(out))
+        check_file(Path(out))
     config = settled(config)
     quiet_loading()
     pools = draw_pools(config, pool)

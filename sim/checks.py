@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from agents.defence import Defence, defences, order_warning
+from agents.defence import Defence, defences, missing_needs, order_warning
 from envs import usage
 from envs.attacks import Attack, attacks
 from envs.readers import read_rows
@@ -47,7 +47,7 @@ def check(config: Config) -> None:
             f"allowed: defences that act before its release ({', '.join(offline_names())})"
         )
     if unusual := order_warning(members):
-        warnings.warn(f"defences: {unusual}", stacklevel=2)
+        warnings.warn(f"defences: {unusual}", stacklevel=1)  # one place: said once
     attack = attacks.create(config.attack.name)
     _check_people(config, attack)
     _check_owner(config, attack)
@@ -114,10 +114,10 @@ def _check_embedded(config: Config, members: list[Defence]) -> None:
     make_env(config, unbuilt).close()
     roles = {*world_roles(World(config.world.seed)), "score:cost"}
     for member in members:
-        if missing := sorted(member.needs - roles):
+        if missing := missing_needs(member, roles):
             raise UsageError(
                 f"defence {member.spec}: needs {', '.join(missing)}; "
-                f"allowed: defences that need of {', '.join(sorted(roles))}"
+                f"allowed: any of {', '.join(sorted(roles))}"
             )
 
 
@@ -127,6 +127,8 @@ def check_out(out: Path) -> None:
     Raises:
         ValueError: names the place and the reason.
     """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"out={str(out)!r} is a file; allowed: a directory, or a new name")
     there = next(folder for folder in out.absolute().parents if folder.exists())
     try:
         TemporaryDirectory(dir=there).cleanup()
@@ -134,6 +136,16 @@ def check_out(out: Path) -> None:
         raise UsageError(
             f"out={str(out)!r}: {error.strerror}; allowed: a place that can be written to"
         ) from None
+
+
+def check_file(path: Path) -> None:
+    """Refuse a file that cannot be written later, before anything is computed for it.
+
+    Raises:
+        ValueError: its folder does not exist, or it is a folder itself.
+    """
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UsageError(f"file={str(path)!r}; allowed: a file in a folder that exists")
 
 
 def check_types(kind: type, values: Mapping[str, Any], path: str = "") -> None:

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from sim import flags
 from sim.progress import number
 
 
@@ -68,11 +69,17 @@ def closing(
     seen = ", ".join(pages) or f"{len(files)} files"
     return "\n".join(
         (
-            f"Outcome: {verdict(summary)}",
+            f"Outcome: {verdict(summary)}{_stopped(summary)}",
             f"Files:   {out}/  pictures in {out}/figures/; open {seen}",
             f"Next:    {advice(summary, out, words, plugins)}",
         )
     )
+
+
+def _stopped(summary: dict[str, Any]) -> str:
+    """That the attacker ended the run, where she did."""
+    at = summary.get("attacker_stopped")
+    return "" if at is None else f"; the attacker stopped it in round {at} (attack.stop_at)"
 
 
 def advice(summary: dict[str, Any], out: Path, words: list[str], plugins: bool = False) -> str:
@@ -87,12 +94,24 @@ def advice(summary: dict[str, Any], out: Path, words: list[str], plugins: bool =
         return f"does a defence hold it?  {retyped('run', words)} --defence refusal_loss"
     if outcome == "safe" and not summary["rho"]:
         again = retyped("run", words, "--rho", "--attack.rho")
-        return f"now with adversaries:  {again} --rho 0.2"
+        return f"now with adversaries:  {again} --rho {'1' if owned(words) else '0.2'}"
+    if summary.get("attacker_stopped") is not None:
+        return f"never stopping:  {retyped('run', words, '--attack.stop-at')}"
     if outcome == "safe":
         longer = f"poisonloop resume {shlex.quote(str(out))} --rounds {2 * summary['rounds']}"
         trust = " --trust-plugins" if plugins else ""
         return f"does it hold for longer?  {longer}{trust}"
     return f"over seeds:  {retyped('sweep', words, '--seed')} --seeds 4"
+
+
+def owned(words: list[str]) -> bool:
+    """Whether ``words`` name an attacker who owns the training loop."""
+    from envs.attacks import attacks
+
+    _, options = flags.read(words)
+    named = options.get("--attack") or options.get("--attack.name") or ["none"]
+    attack = attacks.create(named[0])
+    return attack.owns_reward or attack.owns_data
 
 
 def retyped(command: str, words: list[str], *without: str) -> str:

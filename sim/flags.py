@@ -84,6 +84,18 @@ def whole(options: Options, flag: str) -> int | None:
     return None if value is None else to_whole(flag, value)
 
 
+def positive(options: Options, flag: str, default: int) -> int:
+    """Remove ``flag``; its value, or ``default`` when it was not given.
+
+    Raises:
+        ValueError: not a whole number of at least 1.
+    """
+    value = whole(options, flag)
+    if value is not None and value < 1:
+        raise UsageError(f"{flag} {value}; allowed: >= 1")
+    return default if value is None else value
+
+
 def to_whole(flag: str, value: str) -> int:
     """``value`` as a whole number.
 

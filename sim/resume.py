@@ -69,10 +69,10 @@ def _refuse_ended(path: Path, config: Config, rounds: int) -> None:
             f"{run} ended at its confirmed exit, as evaluation.stop_on_exit asks; allowed: a new "
             "run without it"
         )
-    if summary["rounds"] < config.rounds and summary.get("exit_confirmed") is None:
+    if (at := summary.get("attacker_stopped")) is not None:
         raise UsageError(
-            f"{run} was ended in round {summary['rounds']} by its attacker (attack.stop_at); "
-            "allowed: a new run without it"
+            f"{run} was ended in round {at} by its attacker (attack.stop_at); allowed: a new run "
+            "without it"
         )
     if rounds == config.rounds:
         raise UsageError(

@@ -12,7 +12,7 @@ from envs.usage import UsageError
 from sim import flags
 from sim.checks import check, check_out, plugins, settled
 from sim.cli import parser_of
-from sim.closing import closing
+from sim.closing import closing, owned
 from sim.config import DEFAULT_ATTACK, Config
 from sim.config_file import to_yaml
 from sim.presets import PRESETS
@@ -78,7 +78,8 @@ def _announce(config: Config, options: dict[str, list[str]]) -> None:
     if attack.rho and not given and attack.name in (DEFAULT_ATTACK, flags.CROWD_ATTACK):
         print(f"attack: {attack.name} at rho {attack.rho:g} (the default; choose with --attack)")
     elif attack.name != "none" and not attack.rho:
-        print(f"attack: {attack.name} changes nothing at rho 0; give --rho above 0")
+        wanted = "1" if owned(["--attack", attack.name]) else "above 0"
+        print(f"attack: {attack.name} changes nothing at rho 0; give --rho {wanted}")
     elif attack.name == "none" and attack.rho:
         print(f"attack: none, so everybody is honest whatever rho is; {attack.rho:g} is not kept")
 

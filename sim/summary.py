@@ -50,12 +50,22 @@ def summarise(
         "attack": config.attack.name,
         "rho": config.attack.rho,
         "defences": list(config.defences),
+        "attacker_stopped": _attacker_stopped(config, summary, rows[-1]["round"], ended),
         "seed": config.seed,
         "world_seed": config.world.seed,
         "model_seed": config.world.model_seed,
         "rounds": rows[-1]["round"],
         "harm_source": scenario.harm_source,
     }
+
+
+def _attacker_stopped(
+    config: Config, summary: dict[str, Any], last: int, ended: bool
+) -> int | None:
+    """The round in which the attacker kept the policy and ended the run, if she did."""
+    early = ended and config.attack.stop_at and last < config.rounds
+    by_us = config.evaluation.stop_on_exit and summary["exit_confirmed"] is not None
+    return last if early and not by_us else None
 
 
 def true_crossing(

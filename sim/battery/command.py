@@ -15,7 +15,11 @@ from typing import Any
 from envs.usage import UsageError
 from sim import flags
 from sim.battery.arms import UPDATES, arms, configs
+from sim.checks import check, check_out
 from sim.config import Config
+from sim.studies import REPORT_WORLDS
+from sim.sweep import plan, sweep
+from sim.sweep_progress import sweep_progress
 
 USAGE = """\
 usage: poisonloop battery [flags]
@@ -37,19 +41,15 @@ reverses every preference that concerns harm. Type it again to continue a stoppe
 
 def command(words: list[str]) -> int:
     """Run, or continue, the battery that ``words`` describe; 1 when a run failed."""
-    from sim.studies import REPORT_WORLDS
-    from sim.sweep import sweep
-    from sim.sweep_progress import sweep_progress
-
     _, options = flags.read(words)
     if "--help" in options:
         facts = {"worlds": " ".join(map(str, REPORT_WORLDS)), "updates": UPDATES}
         print(USAGE.format(cores=os.cpu_count(), **facts), end="")
         return 0
     out = Path(flags.take(options, "--out") or "runs/battery")
-    jobs = flags.whole(options, "--jobs") or os.cpu_count() or 1
-    updates = flags.whole(options, "--updates") or UPDATES
-    seeds = range(flags.whole(options, "--seeds") or 1)
+    jobs = flags.positive(options, "--jobs", os.cpu_count() or 1)
+    updates = flags.positive(options, "--updates", UPDATES)
+    seeds = range(flags.positive(options, "--seeds", 1))
     worlds = [flags.to_whole("--worlds", w) for w in options.pop("--worlds", [])]
     named = options.pop("--defence", [])
     if options.pop("--mechanisms", None) is not None:
@@ -61,6 +61,10 @@ def command(words: list[str]) -> int:
     if options:
         raise UsageError(flags.unknown_flag(next(iter(options)), ["--defence", "--learner"]))
     asked = configs(lists, learners, worlds or REPORT_WORLDS, seeds, updates)
+    check_out(out)
+    cells = {str(cell.path) for cell in plan(asked, out)}
+    for config in {config.defences: config for config in asked}.values():
+        check(config)
     print(f"{len(asked)} runs, {updates} optimizer steps each, {jobs} at a time: {out}/")
     began = time.perf_counter()
     try:
@@ -70,8 +74,9 @@ def command(words: list[str]) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return 130
-    failed = [run for run in table["runs"] if run["failure"]]
-    _finish([run["path"] for run in table["runs"] if not run["failure"]], prices, updates, out)
+    mine = [run for run in table["runs"] if run["path"] in cells]  # the folder may hold others
+    failed = [run for run in mine if run["failure"]]
+    _finish([run["path"] for run in mine if not run["failure"]], prices, updates, out)
     for run in failed:
         print(f"Failed:   {run['path']}: {run['failure']}")
     print(f"{(time.perf_counter() - began) / 60:.1f} minutes for what was not there before")

@@ -56,17 +56,20 @@ def mechanism_markdown(rows: Sequence[dict[str, Any]]) -> str:
 def print_rows(rows: Sequence[dict[str, Any]], updates: int) -> None:
     """The same on the terminal, without the columns that need width."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from sim.sweep_table import wide_console
+
     shown = [0, 1, 2, 3, 4, 5, 9, 10]
     titles = columns(updates)
-    drawn = Table(*(titles[i] for i in shown), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for i in shown:  # names may wrap, numbers never do
+        drawn.add_column(titles[i], overflow="fold", no_wrap=i > 1)
     for row in rows:
         words = cells(row)
         drawn.add_row(*(Text(words[i]) for i in shown))
-    Console().print(drawn)
+    wide_console().print(drawn)
 
 
 def _spread(found: dict[str, Any] | None, digits: int) -> str:

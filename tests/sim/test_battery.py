@@ -141,15 +141,20 @@ def test_mechanisms_in_words() -> None:
         (["--defence", "nope"], "unknown name 'nope'"),
         (["--learner", "nope"], "unknown name 'nope'"),
         (["--worlds", "x"], "--worlds x; allowed: a whole number"),
-        (["--updates", "-4"], "rounds=-1; allowed: >= 1"),
+        (["--updates", "0"], "--updates 0; allowed: >= 1"),
+        (["--seeds", "0"], "--seeds 0; allowed: >= 1"),
+        (["--out", "a/file"], "out='a/file' is a file; allowed: a directory"),
         (["--mechanisms", "--defence", "freeze"], "--defence freeze; allowed: .*vaccine"),
     ],
 )
 def test_bad_words_are_named(
     words: list[str], message: str, capsys: pytest.CaptureFixture, in_tmp: Any
 ) -> None:
+    (in_tmp / "a").mkdir()
+    (in_tmp / "a/file").touch()
     assert main(["battery", *words]) == 2
-    assert re.search(message, capsys.readouterr().err)
+    said = capsys.readouterr()
+    assert re.search(message, said.err) and not said.out
 
 
 @pytest.mark.world
@@ -173,3 +178,19 @@ def test_cost_and_mechanism_of_one_defence(embedded_models: Any) -> None:
     assert factors["memory"] > 1.0 and factors["time"] > 0
     row = measure("kl_anchor", configs([()], ["dpo"], worlds=(0,))[1])
     assert row["world"] == 0 and row["without"] != row["with"]
+
+
+def test_only_what_was_asked_is_tabulated(in_tmp: Any, monkeypatch: Any, capsys: Any) -> None:
+    """Runs of another length in the same folder are left out."""
+    from sim.battery import command
+    from sim.sweep import plan
+
+    asked = configs([()], ["dpo"], worlds=(0,), updates=4)
+    wanted = [str(cell.path) for cell in plan(asked, Path("b"))]
+    runs = [{"path": path, "failure": None} for path in [*wanted, "b/other"]]
+    monkeypatch.setattr("sim.battery.command.sweep", lambda *_: {"runs": runs})
+    seen: list[list[str]] = []
+    monkeypatch.setattr(command, "_finish", lambda paths, *_: seen.append(list(paths)))
+    words = "--defence none --learner dpo --worlds 0 --updates 4 --no-cost --out b".split()
+    assert command.command(words) == 0
+    assert seen == [wanted]
