@@ -7,6 +7,7 @@ same defences use the same weights, by their hash, from the cache.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from agents.defence import defences
+from agents.engines.transformers_engine import SamplerConfig
 from envs.usage import UsageError
 from sim import flags
 from sim.checks import check, check_out, settled
-from sim.config import Config
+from sim.closing import retyped
+from sim.config import Config, TextConfig
 from sim.defended import offline_names
 from sim.presets import PRESETS
 
@@ -56,13 +59,38 @@ def defend(words: list[str]) -> int:
     check_out(out)
     _save(settled(config), out)
     print(f"Model:    {out}/ ({', '.join(config.defences)})")
-    print(f"Attack:   poisonloop run --rho .4 {_flags(config)}")
+    for line in next_lines(words, config, out):
+        print(line)
     return 0
 
 
-def _flags(config: Config) -> str:
-    """The flags of a run that starts from this very model."""
-    return shlex.join(word for spec in config.defences for word in ("--defence", spec))
+def next_lines(words: list[str], config: Config, out: Path) -> list[str]:
+    """What to type next: the same flags, which find the model in the cache, and the saved folder.
+
+    Args:
+        words: what was typed after ``poisonloop defend``.
+        config: what they mean.
+        out: the saved folder.
+    """
+    again = retyped("run", words, "--rho", "--attack.rho")
+    data = shlex.quote(config.text.data) if config.text.data else "FILE"
+    parts = ["poisonloop run --model", shlex.quote(str(out)), "--data", data]
+    positions = json.loads((out / "config.json").read_text()).get("max_position_embeddings")
+    prompt, tokens = config.text.prompt_tokens, config.sampler.max_new_tokens
+    fits = prompt if positions is None else min(prompt, positions - tokens)
+    for field, value, usual in (
+        ("text.prompt-tokens", fits, TextConfig().prompt_tokens),
+        ("sampler.max-new-tokens", tokens, SamplerConfig().max_new_tokens),
+    ):
+        parts += [f"--{field} {value}"] if value != usual else []
+    found = "the same flags find this model in the cache, at once"
+    other = "the folder itself, without --defence" if config.text.model else "prompts of your own"
+    return [
+        f"Attack:   {again} --rho .4",
+        f"          ({found})",
+        f"Or:       {' '.join(parts)} --rho .4",
+        f"          (from the folder: {other})",
+    ]
 
 
 def refuse_online(config: Config) -> None:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from typing import Any
 
 from sim.cli import parser_of
+
+DEFENCES = "defences (--defence, repeatable)"
+TABLE_FROM = 140
+"""Columns of a terminal from which on the defences are a table; below they are stacked."""
+UNBROKEN = 10_000
+"""Columns where there is no terminal: whoever searches the text finds it on one line."""
 
 
 def list_components(words: list[str]) -> int:
@@ -59,60 +67,84 @@ def components() -> dict[str, dict[str, str]]:
 
 
 def defence_rows() -> list[tuple[str, ...]]:
-    """Every defence: what it constrains, when it acts, what it needs and costs, where it is from.
+    """Every defence: what it constrains, when it acts, its place, needs, cost, source, summary.
 
-    The data are those of its default arguments.
+    The data are those of its default arguments; the place is that of ``order_warning``.
     """
     from agents.defence import defences
 
     rows: list[tuple[str, ...]] = []
     for name, line in defences.summaries().items():
         member = defences.create(name)
-        acts = "offline" if member.offline else "online"
+        acts = "before release" if member.offline else "while training"
+        place = "offline" if member.offline else member.kind
         needs = ", ".join(sorted(member.needs)) or "-"
-        facts = (member.constraint, acts, needs, member.cost, member.paper or "-")
+        facts = (member.constraint, acts, place, needs, member.cost, member.paper or "-")
         rows.append((name, *facts, line))
     return rows
 
 
 def defence_table() -> Any:
-    """The defences as a table with a heading; names never wrap."""
+    """The defences as a table with a heading; every cell may wrap."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    title = Text("defences (--defence, repeatable)")
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("name", no_wrap=True, style="bold")
-    table.add_column("constraint", no_wrap=True)
-    table.add_column("acts", no_wrap=True)
-    for heading, width in (("data needed", 13), ("cost", 17), ("paper", 15)):
-        table.add_column(heading, max_width=width, overflow="fold")
-    table.add_column("what it does", min_width=26)
+    table = Table(
+        title=Text(DEFENCES), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    table.add_column("name", min_width=22, overflow="fold", style="bold")
+    for heading, width in (
+        ("constraint", 14), ("acts", 8), ("place in a list", 12), ("data needed", 13),
+        ("cost", 15), ("paper", 14),
+    ):  # fmt: skip
+        table.add_column(heading, min_width=8, max_width=width, overflow="fold")
+    table.add_column("what it does", overflow="fold", ratio=1)
     for row in defence_rows():
         table.add_row(*map(Text, row))
     return table
 
 
+def defence_lines() -> Iterator[Any]:
+    """The defences one below another: the name with what it does, then its facts."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    yield Text(f"{DEFENCES}\n")
+    for name, constraint, acts, place, needs, cost, paper, line in defence_rows():
+        facts = [constraint, f"acts {acts}", f"place in a list: {place}"]
+        facts += [f"needs {needs if needs != '-' else 'no data'}", f"cost {cost}"]
+        facts += [paper] if paper != "-" else []
+        yield Padding(Text.assemble((name, "bold"), "  ", line), (0, 0, 0, 2), expand=False)
+        yield Padding(Text(" \u00b7 ".join(facts), style="dim"), (0, 0, 0, 6), expand=False)
+    yield Text()
+
+
 def show() -> None:
-    """Print one table per kind."""
+    """Print one table per kind. Nothing is cut; without a terminal no line is broken either."""
     from rich import box
+    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from sim.sweep_table import wide_console
+    from agents.defence import KINDS
 
-    console = wide_console()
+    console = Console()
+    told = console.is_terminal or "COLUMNS" in os.environ
+    console.width = console.width if told else UNBROKEN
     for title, lines in components().items():
         table = Table(
             title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_header=False
         )
         table.add_column(no_wrap=True, style="bold")
-        table.add_column()
+        table.add_column(overflow="fold")
         for name, line in lines.items():
             table.add_row(Text(name), Text(line))
         console.print(table)
-    console.print(defence_table())
+    wide = told and console.width >= TABLE_FROM
+    for part in [defence_table()] if wide else defence_lines():
+        console.print(part)
+    console.print(Text(f"Lists of defences usually go {', '.join(KINDS)}: their place in a list."))
     console.print(
         Text("Your own: --defence path/to/file.py:MyDefence(alpha=2), and so for every kind.")
     )

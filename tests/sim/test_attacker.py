@@ -21,7 +21,9 @@ from sim.attacker import attack_prompts, make_judge, make_supply, owned_loop, re
 from sim.best_of_n import kl_bound, pick_weights, sizes
 from sim.checks import check, settled
 from sim.cli import main
+from sim.closing import closing
 from sim.config import AttackConfig, Config, EvaluationConfig, FeedbackConfig
+from sim.resume import resumable
 from sim.scenario import pack
 
 QUICK = EvaluationConfig(n_harm=8, n_help=8, n_true=0, every=4)
@@ -270,7 +272,10 @@ def test_early_stopping_ends_the_run_where_the_rule_says(tmp_path, embedded_mode
     assert kept.stopped is not None and 0 < kept.stopped < 7
     stopping = replace(config, attack=replace(config.attack, stop_at=threshold))
     summary = run(stopping, tmp_path / "stopped")
-    assert summary["rounds"] == kept.stopped + 1
+    assert summary["rounds"] == summary["attacker_stopped"] == kept.stopped + 1
+    assert "the attacker stopped it in round" in closing(summary, tmp_path, [], ["--rho", "1"])
+    with pytest.raises(ValueError, match=r"ended in round \d by its attacker \(attack.stop_at\)"):
+        resumable(tmp_path / "stopped", 20)
     stopped = rows_of(tmp_path / "stopped")
     assert [row["cost_served"] for row in stopped[1:]] == served[: kept.stopped + 1]
     assert stopped[-1]["safety/harm"] is not None, "its last policy is measured"

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from sim.cli import main
+from sim.closing import closing
 from sim.config import Config
 from sim.presets import preset
 
@@ -296,3 +297,13 @@ def test_a_run_keeps_full_paths_and_short_names(in_tmp: Path) -> None:
     config = settled(replace(Config(), defences=(spec, "freeze")))
     assert config.defences == (f"{in_tmp / 'sub/mine.py'}:Mine(a=1)", "freeze")
     assert default_out(config) == Path("runs/grpo-none-rho0-mine-py-Mine-a-1-freeze-seed0")
+
+
+def test_what_comes_next_is_a_command_that_can_run() -> None:
+    words = ["smoke", "--attack", "malicious_grpo(prompts=2)"]
+    said = closing(SUMMARY, Path("out"), [], words)
+    assert "--attack 'malicious_grpo(prompts=2)' --rho 1" in said
+    assert "--rho 0.2" in closing(SUMMARY, Path("out"), [], ["smoke"])
+    ended = {**SUMMARY, "rho": 1.0, "attacker_stopped": 3}
+    stopped = closing({**ended, "harm_end": 0.9}, Path("out"), [], ["--attack.stop-at", ".2"])
+    assert "stopped it in round 3" in stopped and "--attack.stop-at" not in stopped.splitlines()[2]

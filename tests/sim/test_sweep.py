@@ -19,6 +19,7 @@ import pytest
 from agents.learners import learners
 from sim import flags, sweep_command
 from sim.analysis.arm_names import arm_names
+from sim.checks import check
 from sim.cli import main
 from sim.config import AttackConfig, Config
 from sim.pool import Job, work_off
@@ -122,6 +123,14 @@ def test_the_demo_study_has_both_null_controls() -> None:
         "clean", "harmful_asker ρ=0.4", "harmful_asker ρ=0.4 + refusal_loss",
         "harmful_asker ρ=0.4 + freeze", "harmful_asker ρ=0.4 + small_lr",
     ]  # fmt: skip
+
+
+def test_the_judges_study_can_run() -> None:
+    cells = plan(study(*flags.read(["--study", "judges"])), Path("out"))
+    assert len(cells) == 36
+    for cell in cells:
+        check(cell.config)
+        assert cell.config.threat == "offline" and cell.config.attack.rho == 1
 
 
 def test_the_table_of_defaults_is_made_on_worlds_that_nothing_was_tuned_on() -> None:
