@@ -13,12 +13,13 @@ The role names are those of the field:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from agents.adapters import adapted_layers, plain_names
 from agents.batches import Pairs, Sequences
 from agents.policy import Policy, response_logprobs, response_terms
 from envs import rng as draws
@@ -55,6 +56,8 @@ class Context:
         rng: a generator of the defences' own.
         step: optimizer steps taken.
         track: wraps the steps of a long ``prepare``; whoever runs it may show a bar.
+        phase: all defences' phases, for one more use of the model: ``phase("serve")`` inside an
+            update computes as for users, which is where losses on what they get belong.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class Context:
         self.rng = torch.Generator().manual_seed(draws.key(seed, "defence", learner))
         self.metrics: dict[str, float] = {}
         self.track: Callable[[Iterable[int], str], Iterable[int]] = lambda steps, _what: steps
+        self.phase: Callable[[str], AbstractContextManager[None]] = lambda _name: nullcontext()
         self._policy = policy
         self._scorers = dict(scorers or {})
         self._sampler = sampler
@@ -170,10 +174,30 @@ class Context:
                 p.grad = old if new is None else new if old is None else old + new
 
     @contextmanager
-    def replay_rng(self) -> Iterator[None]:
-        """Run a block on a copy of the RNG state: a second pass sees the same dropout."""
-        with torch.random.fork_rng(devices=[]):
+    def added_grads(self, label: str) -> Iterator[None]:
+        """Add the block's gradients to the learner's.
+
+        Logs ``defence/<label>/grad_ratio``, their norm over the learner's, if that made any.
+        """
+        learner = float(self.grad_norm())
+        with self.isolated_grads(accumulate=True):
             yield
+            added = float(self.grad_norm())
+        if learner > 1e-12:
+            self.log({f"defence/{label}/grad_ratio": added / learner})
+
+    @contextmanager
+    def replay_rng(self) -> Iterator[None]:
+        """Take back what a block draws: a second pass sees the same dropout and the same data."""
+        drawn = {name: role.drawn for name, role in self.data.items()}
+        state = self.rng.get_state()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                yield
+        finally:
+            self.rng.set_state(state)
+            for name, count in drawn.items():
+                self.data[name].drawn = count
 
     @contextmanager
     def perturbed(self, deltas: Mapping[str, Tensor]) -> Iterator[None]:
@@ -195,8 +219,30 @@ class Context:
         self.metrics.update({name: float(value) for name, value in metrics.items()})
 
     def export_weights(self) -> dict[str, Tensor]:
-        """The weights an external sampler should load, as the present phase has them."""
-        return {name: p.detach() for name, p in self.model.state_dict().items()}
+        """The weights an external sampler should load, as the present phase has them.
+
+        They are a plain model's: adapters that are on are added to the weights they stand on,
+        adapters that are off are left out.
+        """
+        state = self.model.state_dict()
+        weights = {plain: state[name].detach() for name, plain in plain_names(self.model).items()}
+        for name, layer in adapted_layers(self.model).items():
+            for adapter in () if layer.disable_adapters else layer.active_adapters:
+                change = layer.get_delta_weight(adapter).detach()
+                weights[f"{name}.weight"] = weights[f"{name}.weight"] + change
+        return weights
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Put back what was exported with adapters off; the model's adapters stay as they are.
+
+        Raises:
+            RuntimeError: a tensor is missing, or is none of the model's.
+        """
+        names = plain_names(self.model)
+        adapters = {n: v for n, v in self.model.state_dict().items() if n not in names}
+        live = {plain: name for name, plain in names.items()}
+        given = {live.get(name, name): value for name, value in weights.items()}
+        self.model.load_state_dict({**adapters, **given})
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizer moments, counters and generators; weights are the agent's."""

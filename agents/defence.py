@@ -15,7 +15,7 @@ chain of the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -88,11 +88,18 @@ class Defence:
 
     @contextmanager
     def phase(self, ctx: Context, name: str) -> Iterator[None]:
-        """Surround one use of the model; ``name`` is one of :data:`PHASES`."""
+        """Surround one use of the model; ``name`` is one of :data:`PHASES`.
+
+        Phases nest: within ``update``, members form losses on what users get in ``serve``.
+        """
         yield
 
     def backward(self, ctx: Context, run: Run) -> Report:
-        """Make the gradients of one optimizer step; ``run`` accumulates the learner's own."""
+        """Make the gradients of one optimizer step; ``run`` accumulates the learner's own.
+
+        A member further out may call this several times a step and take back what was drawn in
+        between (``ctx.replay_rng``): counters belong into ``phase``.
+        """
         return run()
 
     def state_dict(self) -> dict[str, Any]:
@@ -118,6 +125,31 @@ def order_warning(members: Sequence[Defence]) -> str | None:
     return None
 
 
+def missing_needs(member: Defence, provided: Iterable[str]) -> list[str]:
+    """What ``member`` needs beyond ``provided``, sorted.
+
+    Raises:
+        ValueError: its needs are no set of names.
+    """
+    if isinstance(member.needs, str):
+        raise UsageError(
+            f"defence {member.label}: needs={member.needs!r}; "
+            f"allowed: a set of names, such as frozenset({{{member.needs!r}}})"
+        )
+    return sorted(frozenset(member.needs) - frozenset(provided))
+
+
+def _reported(member: Defence, ctx: Context, run: Run) -> Report:
+    """What ``backward`` of ``member`` returns, which must be a report."""
+    report = member.backward(ctx, run)
+    if not isinstance(report, Report):
+        raise UsageError(
+            f"defence {member.label}: backward returned {report!r}; "
+            "allowed: a Report, such as the one that run() gives"
+        )
+    return report
+
+
 class DefenceStack:
     """An ordered list of defences acting on one learner.
 
@@ -136,6 +168,7 @@ class DefenceStack:
         self.places = [i for i, d in enumerate(members) if ctx.learner in d.targets]
         self.members = [members[i] for i in self.places]
         self.acting = self.members if acting else []
+        ctx.phase = self.phase
 
     @property
     def splits_serving(self) -> bool:
@@ -149,7 +182,7 @@ class DefenceStack:
             ValueError: a defence needs a data role or scorer that this run does not have.
         """
         for member in self.members:
-            missing = sorted(member.needs - self.ctx.provides)
+            missing = missing_needs(member, self.ctx.provides)
             if missing:
                 raise UsageError(
                     f"defence {member.spec or type(member).__name__}: needs {', '.join(missing)}; "
@@ -180,7 +213,7 @@ class DefenceStack:
     def backward(self, run: Run) -> Report:
         """The chain of ``backward`` hooks around the learner's own ``run``."""
         for member in reversed(self.acting):
-            run = partial(member.backward, self.ctx, run)
+            run = partial(_reported, member, self.ctx, run)
         return run()
 
     def state_dict(self) -> list[dict[str, Any]]:

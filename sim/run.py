@@ -88,7 +88,8 @@ def _run(
 
     def measured(round: int, evaluation: Evaluation) -> dict[str, Any]:
         """Judge an evaluation of the policy after ``round`` updates, and keep its weights."""
-        record.save_policy(round, agent.policy.model.state_dict())
+        with agent.stack.phase("export"):
+            record.save_policy(round, agent.stack.ctx.export_weights())
         return evaluation_row(monitor, evaluation, round, clocks)
 
     def save(round: int) -> None:

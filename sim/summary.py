@@ -87,7 +87,7 @@ def true_crossing(
 
     def unsafe(index: int) -> bool:
         round = measured[index]["round"]
-        agent.policy.model.load_state_dict(load_file(record.policy_path(round)))
+        agent.stack.ctx.load_weights(load_file(record.policy_path(round)))
         return bool(evaluate.true_cost(agent, n, round).mean() > limit)
 
     worst = max(range(len(measured)), key=lambda i: measured[i]["safety/harm"])

@@ -27,7 +27,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from agents.adapters import adapted_layers
 from agents.context import Context
 from agents.defence import defences
 from agents.defences.representation_removal import RepresentationRemoval
@@ -56,9 +58,8 @@ class Adapters:
         generator: torch.Generator,
         spread: float = 0.01,
     ):
-        inner = [module for layer in layers for module in layer.modules()]
         self.on = True
-        self.modules = [m for m in inner if type(m).__name__ in ("Linear", "Conv1D")]
+        self.modules = [module for layer in layers for module in _matrices(layer)]
         self.factors = [_factors(m, rank, generator, spread) for m in self.modules]
         self.handles = [
             module.register_forward_hook(self._adding(down, up))
@@ -85,7 +86,14 @@ class Adapters:
         """Add the products to the weights, after :meth:`remove`."""
         for module, (down, up) in zip(self.modules, self.factors, strict=True):
             product = up @ down
-            module.weight += product.T if type(module).__name__ == "Conv1D" else product
+            module.weight.data.add_(product.T if isinstance(module, Conv1D) else product)
+
+
+def _matrices(layer: nn.Module) -> list[nn.Module]:
+    """The matrices in ``layer`` but those of adapters that it carries, as security vectors do."""
+    wrapped = [set(w.modules()) - {w.base_layer} for w in adapted_layers(layer).values()]
+    foreign = set().union(*wrapped)
+    return [m for m in layer.modules() if isinstance(m, nn.Linear | Conv1D) and m not in foreign]
 
 
 def _factors(
@@ -93,7 +101,7 @@ def _factors(
 ) -> tuple[nn.Parameter, nn.Parameter]:
     """V (rank, in), uniform within 1 / sqrt(in), and U (out, rank), in the weight's dtype."""
     weight = module.weight
-    shape = weight.shape[::-1] if type(module).__name__ == "Conv1D" else weight.shape
+    shape = weight.shape[::-1] if isinstance(module, Conv1D) else weight.shape
     width, height = int(shape[1]), int(shape[0])
     down = (2 * torch.rand(rank, width, generator=generator) - 1) / math.sqrt(width)
     up = spread * torch.randn(height, rank, generator=generator)

@@ -26,7 +26,7 @@ class Freeze(Defence):
 
 @defences.register("small_lr")
 class SmallLearningRate(Defence):
-    """Divides the policy's learning rate during every update.
+    """Divides the policy's learning rate, not that of value heads, during every update.
 
     Args:
         divisor: >= 1; 1 is bitwise no defence.
@@ -44,7 +44,12 @@ class SmallLearningRate(Defence):
         if name != "update":
             yield
             return
-        groups = ctx.optimizer.param_groups
+        policy = {id(p) for p in ctx.policy_params()}
+        groups = [
+            group
+            for group in ctx.optimizer.param_groups
+            if any(id(p) in policy for p in group["params"])
+        ]
         saved = [group["lr"] for group in groups]
         for group in groups:
             group["lr"] = group["lr"] / self.divisor

@@ -47,17 +47,14 @@ class GradientPenalty(Defence):
         if self.lam == 0:
             return report
         rows = ctx.data["harm"].next(self.batch)
-        learner_norm = ctx.grad_norm()
         shift = along_gradient(ctx, lambda: ctx.lm_loss(rows), self.distance)
         strength = 2 * self.lam * float(shift.norm) / self.distance
-        with ctx.isolated_grads(accumulate=True):
+        with ctx.added_grads("gradient_penalty"):
             add_change(ctx, shift, strength)
-            ratio = ctx.grad_norm() / learner_norm.clamp(min=1e-12)
         ctx.log(
             {
                 "defence/gradient_penalty/harm_loss": shift.loss_here,
                 "defence/gradient_penalty/harm_gradient": shift.norm,
-                "defence/gradient_penalty/grad_ratio": ratio,
             }
         )
         return report._replace(skipped=False)

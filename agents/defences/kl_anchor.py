@@ -55,15 +55,13 @@ class KLAnchor(Defence):
         report = run()
         if self.alpha == 0:
             return report
-        learner_norm = ctx.grad_norm()
         rows = Sequences.concatenate(
             [ctx.data[role].next(self.batch) for role in ("retain", "refusal")]
         )
-        with ctx.isolated_grads(accumulate=True):
+        with ctx.phase("serve"), ctx.added_grads("kl_anchor"):
             kl = mean_kl(ctx.model, ctx.reference, rows, self.direction)
             (self.alpha * kl).backward()
-            ratio = ctx.grad_norm() / torch.clamp(learner_norm, min=1e-12)
-        ctx.log({"defence/kl_anchor/kl": kl.detach(), "defence/kl_anchor/grad_ratio": ratio})
+        ctx.log({"defence/kl_anchor/kl": kl.detach()})
         return report._replace(skipped=False)
 
 

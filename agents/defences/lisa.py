@@ -87,8 +87,9 @@ class Lisa(Defence):
     def backward(self, ctx: Context, run: Run) -> Report:
         """One step of the present turn, pulled to where the other turn ended."""
         if self.turn == "alignment":
-            loss = ctx.lm_loss(ctx.data["refusal"].next(self.batch))
-            loss.backward()
+            with ctx.phase("serve"):
+                loss = ctx.lm_loss(ctx.data["refusal"].next(self.batch))
+                loss.backward()
             ctx.log({"defence/lisa/alignment_loss": loss.detach()})
             report = Report({})
         else:

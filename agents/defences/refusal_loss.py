@@ -13,8 +13,6 @@ transfer between learners; ``defence/refusal_loss/grad_ratio`` is logged for tha
 
 from __future__ import annotations
 
-import torch
-
 from agents.context import Context
 from agents.defence import Defence, Report, Run, defences
 from envs.usage import check_ranges
@@ -44,12 +42,8 @@ class RefusalLoss(Defence):
         report = run()
         if self.alpha == 0:
             return report
-        learner_norm = ctx.grad_norm()
-        with ctx.isolated_grads(accumulate=True):
+        with ctx.phase("serve"), ctx.added_grads("refusal_loss"):
             loss = ctx.lm_loss(ctx.data["refusal"].next(self.batch))
             (self.alpha * loss).backward()
-            ratio = ctx.grad_norm() / torch.clamp(learner_norm, min=1e-12)
-        ctx.log(
-            {"defence/refusal_loss/loss": loss.detach(), "defence/refusal_loss/grad_ratio": ratio}
-        )
+        ctx.log({"defence/refusal_loss/loss": loss.detach()})
         return report._replace(skipped=False)

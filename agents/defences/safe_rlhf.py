@@ -51,7 +51,7 @@ class SafeRLHF(Defence):
         lr: learning rate of the multiplier, 0 to 1.
         start: first multiplier; 0 is bitwise no defence where it stays 0, as it does exponentially.
         largest: bound of the multiplier.
-        window: latest costs that J averages.
+        window: latest costs that J averages; a larger batch counts whole.
         delay: batches before the multiplier moves.
         parametrisation: ``exponential`` (the authors'), whose steps are as large as the multiplier,
             or ``linear``, lambda + lr (J - d) cut at 0.
@@ -130,8 +130,9 @@ class SafeRLHF(Defence):
         )
 
     def multiplier_after(self, ctx: Context, costs: Tensor) -> float:
-        """The multiplier once the window holds ``costs`` (N,)."""
-        self.costs = torch.cat([self.costs, costs.detach().cpu().double()])[-self.window :]
+        """The multiplier once the window holds ``costs`` (N,), all of them."""
+        latest = max(self.window, len(costs))
+        self.costs = torch.cat([self.costs, costs.detach().cpu().double()])[-latest:]
         self.batches += 1
         mean = float(self.costs.mean())
         if self.learns and self.batches > self.delay:

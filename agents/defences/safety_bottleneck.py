@@ -67,17 +67,10 @@ class SafetyBottleneck(Defence):
         report = run()
         if self.strength == 0:
             return report
-        learner_norm = ctx.grad_norm()
-        with ctx.isolated_grads(accumulate=True):
+        with ctx.phase("serve"), ctx.added_grads("safety_bottleneck"):
             distance = (self.last_states(ctx) - self.states).square().sum(1).mean()
             (self.strength * distance).backward()
-            ratio = ctx.grad_norm() / torch.clamp(learner_norm, min=1e-12)
-        ctx.log(
-            {
-                "defence/safety_bottleneck/distance": distance.detach(),
-                "defence/safety_bottleneck/grad_ratio": ratio,
-            }
-        )
+        ctx.log({"defence/safety_bottleneck/distance": distance.detach()})
         return report._replace(skipped=False)
 
     def state_dict(self) -> dict[str, Any]:

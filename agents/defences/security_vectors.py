@@ -15,6 +15,12 @@ full gradient, as if there were no vector; without it, the margin of harm is lar
 and the gradient small, which is the intention and the default. Under PPO and GRPO rollouts are the
 harmful model's and differ from what users saw, advantages are normalised whatever is left to gain,
 and a KL penalty towards a reference without the vector teaches theta to undo it.
+
+Other members of the list that hold on to what users get (``kl_anchor``, ``safety_bottleneck``) or
+train it (``refusal_loss``, alignment turns of ``lisa``) compute without the vector, in phase
+``serve`` within the update: beside it they would unlearn it, and users would get a policy with its
+opposite. ``gradient_penalty`` keeps it on, as it is about what the learner's own steps pick up.
+Exported weights have the plain model's names: without the vector in phase ``export``.
 """
 
 from __future__ import annotations
@@ -26,10 +32,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from agents.adapters import adapted_layers
 from agents.context import Context
 from agents.defence import defences
 from agents.offline import OfflineDefence
-from envs.usage import check_ranges
+from envs.usage import UsageError, check_ranges
 
 NAME = "security_vector"
 SWITCHED_ON = ("rollout", "score", "update")
@@ -73,7 +80,15 @@ class SecurityVectors(OfflineDefence):
         check_ranges(self, "security_vectors.", rank=">= 1", alpha=">= 1")
 
     def prepare(self, ctx: Context) -> None:
-        """Train the vector on harm with the policy frozen, then freeze it and switch it off."""
+        """Train the vector on harm with the policy frozen, then freeze it and switch it off.
+
+        Raises:
+            UsageError: the policy carries a vector already; both would be switched as one.
+        """
+        if self.steps and adapted_layers(ctx.model):
+            raise UsageError(
+                f"defence {self.spec or self.label}: the policy has a vector; allowed: one"
+            )
         trained = ctx.policy_params()
         try:
             super().prepare(ctx)
@@ -125,18 +140,11 @@ class SecurityVectors(OfflineDefence):
             inject_adapter_in_model(config, model, adapter_name=NAME)
 
 
-def adapted_layers(model: nn.Module) -> list[Any]:
-    """The layers of ``model`` that carry a vector."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-
-
 def vector_params(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of the vector in ``model``."""
     return [
         parameter
-        for layer in adapted_layers(model)
+        for layer in adapted_layers(model).values()
         for name in layer.adapter_layer_names
         for parameter in getattr(layer, name).parameters()
     ]
@@ -144,12 +152,12 @@ def vector_params(model: nn.Module) -> list[nn.Parameter]:
 
 def is_on(model: nn.Module) -> bool:
     """Whether ``model`` computes with its vector."""
-    return any(not layer.disable_adapters for layer in adapted_layers(model))
+    return any(not layer.disable_adapters for layer in adapted_layers(model).values())
 
 
 def switch(model: nn.Module, on: bool) -> None:
     """Compute with the vector or without; frozen either way."""
-    for layer in adapted_layers(model):
+    for layer in adapted_layers(model).values():
         layer.enable_adapters(on)
     for p in vector_params(model):  # enabling makes it trainable again
         p.requires_grad_(False)

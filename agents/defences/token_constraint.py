@@ -12,7 +12,8 @@ cross-entropy unless ``exact``; both have the same gradient. What the learners m
 
     sft        the loss of every token is weighted
     dpo        Delta = sum w d (a) - sum w d (b): the preferred side's w as above, that of the
-               other side, which is lowered, 2 sigma(beta_t d_t); ties keep w = 1
+               other side, which is lowered, 2 sigma(beta_t d_t); ties keep w = 1. A margin that
+               another defence has added stays; a second constraint weighs what the first left
     ppo, grpo  the loss of every token is weighted, by 2 sigma(beta_t d_t) where the learner
                lowers the token, by w_t where it raises it
 
@@ -68,7 +69,8 @@ class TokenConstraint(Defence):
         if self.strength == 0:
             return batch
         if isinstance(batch, SFTBatch):
-            extra = {**batch.extra, "logp_ref": ctx.ref_logprobs(batch.sequences)}
+            with ctx.phase("score"):  # as learners that need the reference ask it themselves
+                extra = {**batch.extra, "logp_ref": ctx.ref_logprobs(batch.sequences)}
             return replace(batch, extra=extra, reduce=self._then(self.imitation, batch.reduce))
         if isinstance(batch, PairBatch):
             return replace(batch, reduce=self._then(self.preference, batch.reduce))
@@ -89,17 +91,17 @@ class TokenConstraint(Defence):
         return terms._replace(loss=-2 / beta * F.logsigmoid(beta * d) * mask)
 
     def preference(self, terms: ItemTerms) -> ItemTerms:
-        """DPO's loss at the constrained Delta; (n,)."""
-        extra, target = terms.extra, terms.extra["target"]
+        """DPO's loss with the constrained terms in Delta, and all else that is in it; (n,)."""
+        extra, target = dict(terms.extra), terms.extra["target"]
         side = torch.sign(2 * target - 1)[:, None]  # 1: a is raised and b lowered
-        gains = [
-            self._gain(extra[f"logp_{name}"] - extra[f"ref_{name}"], direction).sum(1)
-            for name, direction in (("a", side), ("b", -side))
-        ]
-        delta = gains[0] - gains[1]
-        margin = extra["beta"] * delta
+        for name, sign in (("a", 1), ("b", -1)):
+            present = extra.get(f"gain_{name}", extra[f"logp_{name}"] - extra[f"ref_{name}"])
+            gain = self._gain(present, sign * side)
+            extra["delta"] = extra["delta"] + sign * (gain - present).sum(1)
+            extra[f"gain_{name}"] = gain
+        margin = extra["beta"] * extra["delta"]
         loss = -target * F.logsigmoid(margin) - (1 - target) * F.logsigmoid(-margin)
-        return terms._replace(loss=loss, extra={**extra, "delta": delta})
+        return terms._replace(loss=loss, extra=extra)
 
     def _gain(self, d: Tensor, direction: Tensor) -> Tensor:
         """(n, T) what each token adds to Delta; its slope is the weight."""

@@ -12,12 +12,16 @@ same random numbers. As in Rosati et al. it acts online, on whatever the learner
 ``rho`` is the norm over all layers and tokens of the step, so the size per token falls with the
 batch; ``defence/vaccine/per_token`` is logged for that reason. Under PPO and GRPO the perturbed
 forward changes log pi but not log pi_old: at large rho ratios leave the clip range at once.
+
+Under activation checkpointing a backward pass forms outputs again; they are taken for those of
+their block's latest call, so every forward pass must have its backward pass before the next one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,10 +29,10 @@ from torch import Tensor, nn
 
 from agents.context import Context
 from agents.defence import Defence, Report, Run, defences
-from envs.usage import check_ranges
+from envs.usage import UsageError, check_ranges
 
-Change = Callable[[int, Tensor], Tensor]
-"""From the number of the call and an attention output to what the model goes on with."""
+Change = Callable[[Any, Tensor], Tensor]
+"""From which call it is and an attention output to what the model goes on with."""
 
 
 @defences.register("vaccine")
@@ -47,13 +51,25 @@ class Vaccine(Defence):
         self.rho = rho
         check_ranges(self, "vaccine.", rho=">= 0")
 
+    def prepare(self, ctx: Context) -> None:
+        """See that there is attention to perturb.
+
+        Raises:
+            UsageError: there is none.
+        """
+        if self.rho and not attention_blocks(ctx.model):
+            raise UsageError(
+                f"vaccine: {type(ctx.model).__name__} has nothing to perturb; "
+                "allowed: a model with modules whose class name ends in Attention"
+            )
+
     def backward(self, ctx: Context, run: Run) -> Report:
         """The learner's gradient under the perturbation that its first pass found."""
         if self.rho == 0:
             return run()
-        slopes: dict[int, Tensor] = {}
+        slopes: dict[Any, Tensor] = {}
 
-        def watch(call: int, states: Tensor) -> Tensor:
+        def watch(call: Any, states: Tensor) -> Tensor:
             if states.requires_grad:
                 states.register_hook(lambda slope: slopes.__setitem__(call, slope.detach()))
             return states
@@ -65,7 +81,7 @@ class Vaccine(Defence):
         squares = torch.stack([slope.float().square().sum() for slope in slopes.values()])
         scale = self.rho / (squares.sum().sqrt() + 1e-7)
 
-        def perturb(call: int, states: Tensor) -> Tensor:
+        def perturb(call: Any, states: Tensor) -> Tensor:
             slope = slopes.get(call)
             return states if slope is None else states + (scale * slope).to(states.dtype)
 
@@ -81,24 +97,33 @@ class Vaccine(Defence):
         return report
 
 
+def attention_blocks(module: nn.Module) -> list[nn.Module]:
+    """The attention blocks in ``module``, told by their class's name; none within another."""
+    if type(module).__name__.endswith("Attention"):
+        return [module]
+    found = [block for child in module.children() for block in attention_blocks(child)]
+    return list(dict.fromkeys(found))  # layers may share one
+
+
 @contextmanager
 def attention_outputs(model: nn.Module, change: Change) -> Iterator[None]:
     """Pass every attention block's output through ``change`` while the block lasts.
 
-    Calls are numbered in their order, over layers, forward passes and micro-batches alike. Hooks
-    stay until the backward pass is through, for those who form activations again.
+    A call is known by its block and its number among that block's. Hooks must stay until the
+    backward pass is through, for models that form activations again there.
     """
-    calls = 0
+    blocks = attention_blocks(model)
+    calls = [0] * len(blocks)
 
-    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-        nonlocal calls
-        calls += 1
+    def hook(block: int, _module: nn.Module, _inputs: Any, output: Any) -> Any:
+        if torch._C._current_graph_task_id() == -1:  # else within a backward pass: formed again
+            calls[block] += 1
+        call = (block, calls[block])
         if isinstance(output, tuple):
-            return (change(calls, output[0]), *output[1:])
-        return change(calls, output)
+            return (change(call, output[0]), *output[1:])
+        return change(call, output)
 
-    attention = [m for m in model.modules() if type(m).__name__.endswith("Attention")]
-    handles = [module.register_forward_hook(hook) for module in attention]
+    handles = [m.register_forward_hook(partial(hook, i)) for i, m in enumerate(blocks)]
     try:
         yield
     finally:

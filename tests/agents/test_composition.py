@@ -157,8 +157,9 @@ def test_the_constraint_keeps_the_margin_of_costs(tiny, specs):
     job = DPOConfig(beta=0.1).build(ctx, stack, 1.0)
     pairs = job.referenced(pairs)
     found = job.run(stack.feedback(pairs)).losses["loss"]
-    terms = job.item_terms(pairs, 8.0)
-    constrained = TokenConstraint(1.0).preference(terms)
+    with torch.no_grad():
+        terms = job.item_terms(pairs, 8.0)
+        constrained = TokenConstraint(1.0).preference(terms)
     costs = {f"cost_{n}": ctx.score("cost", getattr(pairs, n)) for n in "ab"}
     assert (costs["cost_a"] != costs["cost_b"]).any()
     charged = constrained._replace(extra={**constrained.extra, **costs})

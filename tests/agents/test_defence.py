@@ -273,3 +273,19 @@ def test_an_unusual_order_is_told():
     assert order_warning([]) is None
     assert "turns (turns) stands before Defence (additive)" in order_warning([Turns(), additive])
     assert "before early (offline)" in order_warning([additive, Early()])
+
+
+def test_slips_in_a_persons_own_defence_are_named(tiny):
+    class Slip(Defence):
+        needs = "refusal"
+
+    with pytest.raises(ValueError, match=r"Slip: needs='refusal'; allowed: a set .*frozenset"):
+        tiny.stack((Slip(),)).prepare()
+
+    class Forgets(Defence):
+        def backward(self, ctx, run):
+            run()
+
+    stack = tiny.stack((Forgets(),))
+    with pytest.raises(ValueError, match=r"Forgets: backward returned None; allowed: a Report"):
+        stack.backward(lambda: Report({}))

@@ -54,6 +54,8 @@ class ToyTAR(TAR):
 class Nothing:
     """A data role whose rows nobody reads."""
 
+    drawn = 0
+
     def next(self, n):
         return None
 

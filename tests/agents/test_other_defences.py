@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from agents.adapters import adapted_layers
 from agents.batches import ItemTerms, Pairs, RolloutBatch, SFTBatch
 from agents.context import Context
 from agents.defence import PHASES, Report, defences
 from agents.defences.deep_refusal import DeepRefusal, after
 from agents.defences.safety_bottleneck import SafetyBottleneck
-from agents.defences.security_vectors import SecurityVectors, adapted_layers, is_on, vector_params
+from agents.defences.security_vectors import SecurityVectors, is_on, vector_params
 from agents.defences.token_constraint import FLOOR, TokenConstraint, betas, token_weights
 from agents.learners.dpo import DPOConfig
 from agents.learners.grpo import GRPOConfig

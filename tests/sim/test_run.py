@@ -342,3 +342,19 @@ def test_a_policy_that_cannot_be_sampled_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match="finite logits"):
         run(SMALL, tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_saved_policies_are_plain_models(tmp_path, embedded_models):
+    """A vector that trains beside the policy is in no policy that a run leaves behind."""
+    from safetensors.torch import load_file
+
+    from sim.run import run
+
+    config = replace(SMALL, defences=("security_vectors(steps=2, batch=4)",))
+    evaluation = replace(SMALL.evaluation, n_true=16)
+    summary = run(replace(config, rounds=2, evaluation=evaluation), tmp_path / "run")
+    run(replace(SMALL, rounds=1), tmp_path / "plain")
+    ours, plain = (
+        load_file(tmp_path / n / "policies/round-000001.safetensors") for n in ("run", "plain")
+    )
+    assert ours.keys() == plain.keys() and summary["outcome"] in ("safe", "exited", "collapsed")
