@@ -83,13 +83,12 @@ def next_lines(words: list[str], config: Config, out: Path) -> list[str]:
         ("sampler.max-new-tokens", tokens, SamplerConfig().max_new_tokens),
     ):
         parts += [f"--{field} {value}"] if value != usual else []
-    found = "the same flags find this model in the cache, at once"
-    other = "the folder itself, without --defence" if config.text.model else "prompts of your own"
+    reads = "needs no --defence" if config.text.model else "reads prompts in this model's words"
     return [
         f"Attack:   {again} --rho .4",
-        f"          ({found})",
+        "          (the same flags find this model in the cache at once)",
         f"Or:       {' '.join(parts)} --rho .4",
-        f"          (from the folder: {other})",
+        f"          (starts from the folder, and {reads})",
     ]
 
 

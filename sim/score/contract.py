@@ -25,6 +25,7 @@ from agents.agent import Agent
 from agents.batches import Pairs
 from agents.defence import PHASES, Report, defences
 from envs.registry import parse_spec
+from envs.usage import UsageError
 from sim.record import dumps, flatten, unflatten
 from sim.score import tiny
 
@@ -60,6 +61,8 @@ def _judged(name: str, spec: str, learner: str) -> Verdict:
         CHECKS[name](spec, learner)
     except Broken as broken:
         return Verdict(name, learner, False, str(broken))
+    except UsageError as refused:  # says by itself what is wrong
+        return Verdict(name, learner, False, " ".join(str(refused).split()))
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return Verdict(name, learner, False, reason)

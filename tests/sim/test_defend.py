@@ -62,6 +62,21 @@ def test_help_names_the_offline_defences(capsys: Any) -> None:
     assert all(name in said for name in offline) and "refusal_loss" not in said
 
 
+def test_the_folder_of_real_text_is_taken_with_its_settings(in_tmp: Path) -> None:
+    from sim import flags
+    from sim.defend_command import next_lines
+
+    (in_tmp / "out").mkdir()
+    (in_tmp / "out/config.json").write_text(json.dumps({"max_position_embeddings": 2048}))
+    words = "--model m --data d.jsonl --sampler.max-new-tokens 9 --defence rmu --out out".split()
+    config = flags.build(*flags.read(words[:-2]))
+    lines = next_lines(words, config, Path("out"))
+    assert lines[0].endswith(f"poisonloop run {' '.join(words[:-2])} --rho .4")
+    assert lines[2].endswith(
+        "run --model out --data d.jsonl --sampler.max-new-tokens 9 --rho .4"
+    ), "the usual 64 tokens of a prompt fit"
+
+
 @pytest.mark.world
 def test_a_defended_model_is_saved_whole(
     embedded_models: Any, in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
@@ -85,31 +100,55 @@ def test_a_defended_model_is_saved_whole(
     words = load_tokenizer(out)
     assert words.get_vocab() == load_tokenizer(embedded_models.tokenizer).get_vocab()
     assert [path.name for path in (in_tmp / "a").iterdir()] == ["b"], "no temporary folder stays"
-    assert "poisonloop run --rho .4 --defence 'mine.py:Mine(steps=3)'" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "poisonloop run smoke --defence 'mine.py:Mine(steps=3)' --rho .4\n" in said
+    asked = "poisonloop run --model a/b --data FILE --text.prompt-tokens 40 --rho .4\n"
+    assert asked in said, "64 positions, of which 24 are for the answer"
     assert main(["defend", "--defence", "mine.py:Mine(steps=3)", "--out", "again"]) == 0
     assert (in_tmp / "again/model.safetensors").read_bytes() == weights
     assert len(list((in_tmp / "cache").glob("*/config.json"))) == 1, "built once"
 
 
-def test_the_list_says_what_a_defence_constrains_needs_and_costs(
-    capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_list_says_what_a_defence_constrains_needs_and_costs() -> None:
     rows = {row[0]: row[1:] for row in defence_rows()}
     assert set(rows) == set(defences.names())
     summary = defences.summaries()["vaccine"]
-    assert rows["vaccine"] == ("embedding", "online", "-", "2x", "Huang et al. 2024", summary)
-    assert rows["refusal_loss"][:3] == ("loss", "online", "refusal")
-    assert rows["lisa"][2] == "refusal", "of its default arguments"
+    facts = ("embedding", "while training", "perturbation", "-", "2x", "Huang et al. 2024", summary)
+    assert rows["vaccine"] == facts
+    assert rows["refusal_loss"][:4] == ("loss", "while training", "additive", "refusal")
+    assert rows["rep_noise"][1:3] == ("before release", "offline")
+    assert rows["lisa"][2:4] == ("turns", "refusal"), "of its default arguments"
     assert {row[0] for row in rows.values()} <= set(CONSTRAINTS)
     assert all(row[-1] for row in rows.values()), "every defence says what it does"
-    monkeypatch.setenv("COLUMNS", "120")
+
+
+@pytest.mark.parametrize("columns", [60, 80, 139, 140, 200])
+def test_the_list_loses_nothing(columns: int, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
     assert main(["list"]) == 0
     said = capsys.readouterr().out
-    for heading in ("constraint", "acts", "data needed", "cost", "paper", "what it does"):
-        assert heading in said
-    line = next(line for line in said.splitlines() if line.startswith("  vaccine "))
-    assert line.split()[1:4] == ["embedding", "online", "-"] and len(line) <= 120
+    assert max(map(len, said.splitlines())) <= columns
+    words = said.split()
+    facts = " ".join(fact for row in defence_rows() for fact in row if fact != "-").split()
+    assert [word for word in facts if word not in words] == []
+    headings = ("data needed", "what it does")
+    assert all((heading in said) == (columns >= 140) for heading in headings)
     assert "harmful_asker" in said and "boltzmann" in said and "grpo" in said
+
+
+def test_the_list_in_a_pipe_has_every_sentence_on_one_line(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert main(["list"]) == 0
+    said = capsys.readouterr().out
+    lines = [line.strip() for line in said.splitlines()]
+    for name, constraint, acts, place, _needs, cost, _paper, summary in defence_rows():
+        told = lines[lines.index(f"{name}  {summary}") + 1]
+        assert told.startswith(f"{constraint} · acts {acts} · place in a list: {place} · needs ")
+        assert f"cost {cost}" in told
+    assert max(map(len, said.splitlines())) < 300
+    assert "Lists of defences usually go offline, additive, turns, perturbation" in said
 
 
 def test_the_example_is_the_readmes_and_fifteen_lines() -> None:

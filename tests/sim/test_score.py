@@ -13,10 +13,13 @@ import pytest
 from sim.analysis.load import load_run
 from sim.checks import settled
 from sim.cli import main
+from sim.flags import chosen_learner
 from sim.presets import preset
-from sim.score.card import card_rows, draw, interval, print_card, write_card
-from sim.score.command import ATTACKERS, EARLY, LONG, STANDARD, Arm, arms, cells, short
+from sim.score.arms import ATTACKERS, EARLY, LONG, STANDARD, Arm, arms, short
+from sim.score.card import card_rows, in_words, interval, print_card, settings, write_card
 from sim.score.contract import CHECKS, contract, difference, with_arguments
+from sim.score.folder import cells, on_card, refuse_another_card, refuse_other_code
+from sim.score.picture import draw
 
 EXAMPLE = str(Path(__file__).parents[2] / "examples/own_defence.py")
 LEARNERS = ("sft", "dpo", "ppo", "grpo")
@@ -107,7 +110,7 @@ def test_a_broken_contract_ends_with_1_before_any_run(in_tmp: Path, capsys: Any)
     said = capsys.readouterr()
     assert "contract sft clean up: FAILED: after an exception in the learner's step" in said.out
     assert "contract sft strength: left out: the class states no `off`" in said.out
-    assert "1 checks failed, so no run was started" in said.err
+    assert "1 check failed, so no run was started" in said.err
     assert not Path("runs").exists()
 
 
@@ -119,6 +122,9 @@ def test_a_broken_contract_ends_with_1_before_any_run(in_tmp: Path, capsys: Any)
         ("score lisa --seeds 0", "seeds=0; allowed: >= 1"),
         ("score lisa --rho 0", "rho=0.0; allowed: > 0, <= 1"),
         ("score lisa --learner no", "learner='no'; allowed: dpo, grpo"),
+        ("score lisa --jobs 0", "jobs=0; allowed: >= 1"),
+        ("score lisa --rounds 0", "rounds=0; allowed: >= 1"),
+        ("score lisa --learner dpo dpo(lr=1)", "learner='dpo(lr=1)' is there already; allowed: "),
     ],
 )
 def test_bad_words_are_one_line(words: str, message: str, in_tmp: Path, capsys: Any) -> None:
@@ -126,6 +132,30 @@ def test_bad_words_are_one_line(words: str, message: str, in_tmp: Path, capsys: 
     complaint = capsys.readouterr().err
     assert message in complaint and len(complaint.splitlines()) == 1
     assert list(in_tmp.iterdir()) == []
+
+
+def test_a_file_in_the_place_of_the_folder_is_one_line(in_tmp: Path, capsys: Any) -> None:
+    Path("taken").write_text("mine")
+    assert main(["score", "lisa", "--out", "taken"]) == 2
+    said = capsys.readouterr()
+    assert "out='taken'" in said.err and len(said.err.splitlines()) == 1 and said.out == ""
+
+
+def test_a_refusal_of_the_defence_is_a_reason_by_itself(in_tmp: Path) -> None:
+    Path("mine.py").write_text(
+        f"{HEAD}    def backward(self, ctx, run):\n"
+        "        from envs.usage import UsageError\n        raise UsageError('mine has no data')\n"
+    )
+    verdicts = contract("mine.py:Mine", ["sft"])
+    assert {v.reason for v in verdicts if v.passed is False} == {"mine has no data"}
+
+
+def test_a_forgotten_report_is_told_in_words(in_tmp: Path) -> None:
+    Path("mine.py").write_text(f"{HEAD}    def backward(self, ctx, run):\n        run()\n")
+    verdicts = contract("mine.py:Mine", ["sft"])
+    reasons = {v.reason for v in verdicts if v.passed is False}
+    assert reasons and all("backward" in reason for reason in reasons)
+    assert not any("NoneType" in r or "Error:" in r for r in reasons)
 
 
 def test_every_attacker_meets_the_defence_and_nothing() -> None:
@@ -170,18 +200,22 @@ def leave(path: Path, config: Any, help_gain: float, harm: float, seconds: float
     (path / "timings.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-@pytest.fixture
-def card_runs(tmp_path: Path) -> dict[Arm, list[Path]]:
-    """Runs whose figures are known: mine keeps .15 of .2 help, none leaves the set."""
-    plan = arms(preset("demo"), "x.py:Mine", 0.4)
+def leave_all(plan: dict[Arm, Any], seeds: range, out: Path) -> dict[Arm, list[Path]]:
+    """Leave a run for every arm and seed: mine keeps .15 of .2 help, none leaves the set."""
     figures = {"none": (0.1, 0.5, 1.0), "Mine": (0.15, 0.125, 3.0)}
     found: dict[Arm, list[Path]] = {}
-    for arm, config, path in cells(plan, range(2), tmp_path):
+    for arm, config, path in cells(plan, seeds, out):
         gain, harm, seconds = figures.get(arm.defence, (0.0, 0.01, 1.0))
         gain, harm = (gain, harm) if arm.hostile else (0.2, 0.01)
         leave(path, config, gain, harm, seconds)
         found.setdefault(arm, []).append(path)
     return found
+
+
+@pytest.fixture
+def card_runs(tmp_path: Path) -> dict[Arm, list[Path]]:
+    """Runs whose figures are known, two seeds each."""
+    return leave_all(arms(preset("demo"), "x.py:Mine", 0.4), range(2), tmp_path)
 
 
 def test_card_by_hand(card_runs: dict[Arm, list[Path]], tmp_path: Path, capsys: Any) -> None:
@@ -197,8 +231,12 @@ def test_card_by_hand(card_runs: dict[Arm, list[Path]], tmp_path: Path, capsys: 
         assert none["holds"] is False and none["exit_rounds"] == [3, 3]
         assert mine["time_factor"] == pytest.approx(2.0)  # medians 4 and 2 seconds
     assert rows["freeze", STANDARD]["holds"] is False, "safe, and learned nothing"
+    assert (card["rho"], card["rounds"], card["seeds"]) == (0.4, 20, [0, 1])
+    assert (card["attack"], card["world"]["seed"]) == ("harmful_asker", 0)
     said = capsys.readouterr().out
     assert "temperature 1.5" in said and "2.0x" in said and "0.75" in said
+    assert "Mine: harmful_asker at rho 0.4, 20 rounds, seeds 0 to 1, world 0" in said
+    assert "Time of a round: all of it" in said
 
 
 def test_intervals_by_hand(card_runs: dict[Arm, list[Path]]) -> None:
@@ -230,7 +268,71 @@ def test_a_card_of_runs_that_failed_or_diverged(
     row = next(r for r in rows if (r["defence"], r["attacker"]) == ("Mine", STANDARD))
     assert (row["harm_end"], row["holds"]) == (None, False)
     print_card(rows)
-    assert draw(runs, rows, "Mine", tmp_path / "card.png").is_file()
+    assert draw(runs, rows, "Mine: x", "Mine", tmp_path / "card.png").is_file()
+    only = {arm: members for arm, members in runs.items() if arm.attacker == LONG}
+    assert draw(only, card_rows(only), "x", "Mine", tmp_path / "long.png").is_file()
+    assert settings(only)["rounds"] == 20
+
+
+def test_the_picture_shows_what_there_is(
+    card_runs: dict[Arm, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Axes end above the limit, equal lines lie apart, and the verdicts stand beside the bars."""
+    from sim.analysis import style
+
+    seen: list[Any] = []
+    monkeypatch.setattr(style, "save", lambda ax, path: seen.append(style.figure_of(ax)))
+    low = {a: [load_run(p) for p in ps] for a, ps in card_runs.items() if a.defence != "none"}
+    clean = {a: [load_run(p) for p in ps] for a, ps in card_runs.items() if not a.hostile}
+    rows = card_rows({**clean, **low})
+    draw({**clean, **low}, rows, f"Mine: {in_words(settings(low))}", "Mine", tmp_path / "c.png")
+    (figure,) = seen
+    trace, harm, help_ = figure.axes
+    assert 0.25 < trace.get_ylim()[1] < 0.3 and 0.25 < harm.get_xlim()[1] < 0.35
+    assert trace.get_xlim()[0] < 0 and 3 < trace.get_xlim()[1] < 3.2
+    thick = [line for line in trace.lines if line.get_linewidth() == 2.2]
+    heights = [line.get_transform().transform((3, 0.01))[1] for line in thick]
+    assert len(thick) == 4 and len({round(height, 2) for height in heights}) == 4
+    (told,) = (t.get_text() for t in figure.texts)
+    assert "harmful_asker at rho 0.4, 20 rounds, seeds 0 to 1, world 0; 2 seeds an arm" in told
+    words = [text.get_text() for text in help_.texts]
+    assert words[:2] == ["retained", "holds"]
+    assert words[2:] == [
+        said
+        for row in rows
+        for said in (f"{100 * row['learning_retained']:.0f} %", "yes" if row["holds"] else "no")
+    ]
+    assert "75 %" in words and "0 %" in words
+
+
+def test_a_folder_is_of_one_card(tmp_path: Path, in_tmp: Path, capsys: Any) -> None:
+    """Other settings are refused before the contract; other learners and seeds join."""
+    demo = replace(preset("demo"), rounds=2)
+    demo = replace(demo, evaluation=replace(demo.evaluation, n_true=0))
+    plan = arms(replace(demo, learner=chosen_learner(demo, "dpo")), "lisa", 0.4)
+    leave_all(plan, range(3), Path("out"))
+    for words, message in (
+        ("lisa --learner dpo --rounds 2 --rho .2", "rho=0.2 with out='out', whose runs are of 0.4"),
+        ("lisa --learner sft --rounds 2 --rho .2", "rho=0.2 with out='out', whose runs are of 0.4"),
+        ("lisa --learner dpo --rounds 4", "rounds=4 with out='out', whose runs are of 2"),
+        ("lisa --learner sft --rounds 1", "rounds=1 with out='out', whose runs are of 2"),
+        ("vaccine --learner dpo --rounds 2", "defence='vaccine' with out='out', whose runs are of"),
+        ("lisa --learner dpo(beta=1.0) --rounds 2", "learner=DPOConfig("),
+    ):
+        assert main(["score", *words.split(), "--out", "out"]) == 2
+        said = capsys.readouterr()
+        assert message in said.err and "allowed: the same, or another --out" in said.err
+        assert len(said.err.splitlines()) == 1 and said.out == ""
+    refuse_another_card(plan, "lisa", Path("out"))
+    more = arms(replace(demo, learner=chosen_learner(demo, "sft")), "lisa", 0.4)
+    refuse_another_card(more, "lisa", Path("out"))
+    leave_all(more, range(1), Path("out"))
+    shown = on_card(more, demo, "lisa", Path("out"))
+    seeds = {(arm.learner, config.seed) for arm, config, _ in shown}
+    assert seeds == {("dpo", 0), ("dpo", 1), ("dpo", 2), ("sft", 0)}
+    assert len(shown) == 3 * len(plan) + len(more)
+    (shown[0][2] / "summary.json").unlink()
+    assert len(on_card(more, demo, "lisa", Path("out"))) == len(shown) - 1
 
 
 def test_runs_of_other_code_are_refused(in_tmp: Path, capsys: Any) -> None:
@@ -238,15 +340,20 @@ def test_runs_of_other_code_are_refused(in_tmp: Path, capsys: Any) -> None:
     Path("mine.py").write_text(text)
     plan = arms(replace(preset("demo"), rounds=2), "mine.py:KeepRefusals", 0.4)
     from sim.manifest import plugin_hashes
-    from sim.score.command import refuse_other_code
 
     for _, config, path in cells(plan, range(1), Path("out")):
         path.mkdir(parents=True)
-        (path / "manifest.json").write_text(json.dumps({"plugin_hashes": plugin_hashes(config)}))
-    refuse_other_code(plan, range(1), Path("out"))
+        manifest = {"config": config.to_dict(), "plugin_hashes": plugin_hashes(config)}
+        (path / "manifest.json").write_text(json.dumps(manifest))
+    spec = f"{in_tmp / 'mine.py'}:KeepRefusals"
+    refuse_other_code(spec, Path("out"))
     Path("mine.py").write_text(text.replace("32", "33"))
     with pytest.raises(ValueError, match=r"was run with other code of .*mine.py:KeepRefusals"):
-        refuse_other_code(plan, range(1), Path("out"))
+        refuse_other_code(spec, Path("out"))
+    words = ["score", "mine.py:KeepRefusals", "--rounds", "2", "--out", "out", "--learner", "sft"]
+    assert main(words) == 2, "for a further learner too"
+    said = capsys.readouterr()
+    assert "other code" in said.err and said.out == ""
 
 
 @pytest.mark.slow
