@@ -211,7 +211,7 @@ class FakeLoop:
 @pytest.fixture
 def loop(monkeypatch: pytest.MonkeyPatch, in_tmp: Path) -> FakeLoop:
     importlib.import_module("sim.run")
-    return FakeLoop(monkeypatch, SUMMARY)
+    return FakeLoop(monkeypatch, dict(SUMMARY))
 
 
 def test_run_ends_with_three_lines(loop: FakeLoop, capsys: Any) -> None:
