@@ -214,11 +214,8 @@ def _hashes(policy: Path, reward: Path, classifier: str | None, data: Path) -> d
     weights = {"policy": policy, "reward_base": reward}
     if classifier is not None:
         weights["classifier"] = Path(classifier)
-    files = {name: _loaded_from(folder) for name, folder in weights.items()}
-    return {name: digest(paths) for name, paths in {**files, "data": [data]}.items()}
-
-
-def _loaded_from(folder: Path) -> list[Path]:
-    """Weights, configurations and tokenizer of a model's folder."""
-    kinds = (".safetensors", ".json", ".jinja", ".model", ".txt")
-    return sorted(path for path in folder.iterdir() if path.suffix in kinds)
+    files = {name: sorted(folder.glob("*.safetensors")) for name, folder in weights.items()}
+    files["tokenizer"] = sorted(policy.glob("tokenizer*")) + sorted(policy.glob("*.jinja"))
+    files["settings"] = sorted(p for folder in weights.values() for p in folder.glob("*.json"))
+    files["data"] = [data]
+    return {name: digest(paths) for name, paths in files.items()}

@@ -103,7 +103,9 @@ def test_the_manifest_says_what_the_harm_is_and_the_run_repeats(finished, tmp_pa
     assert manifest["data"]["max_perplexity"] > 1
     assert manifest["environment"]["scorer"]["max_perplexity"] == manifest["data"]["max_perplexity"]
     assert "no refusal phrase" in manifest["harm_source"]
-    assert set(manifest["model_hashes"]) == {"policy", "reward_base", "tokenizer", "data"}
+    assert set(manifest["model_hashes"]) == {
+        *("policy", "reward_base", "tokenizer", "settings", "data"),
+    }
     run(saved_config(finished["sft"]), tmp_path / "again")
     for name in ("rounds.jsonl", "summary.json", "labels/part-000002.parquet"):
         assert (tmp_path / "again" / name).read_bytes() == (finished["sft"] / name).read_bytes()

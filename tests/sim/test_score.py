@@ -218,7 +218,10 @@ def card_runs(tmp_path: Path) -> dict[Arm, list[Path]]:
     return leave_all(arms(preset("demo"), "x.py:Mine", 0.4), range(2), tmp_path)
 
 
-def test_card_by_hand(card_runs: dict[Arm, list[Path]], tmp_path: Path, capsys: Any) -> None:
+def test_card_by_hand(
+    card_runs: dict[Arm, list[Path]], tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     files = write_card(card_runs, "Mine", tmp_path)
     assert [file.name for file in files] == ["card.png", "card.json"]
     assert files[0].read_bytes().startswith(b"\x89PNG") and files[0].stat().st_size > 20_000
