@@ -33,7 +33,7 @@ reverses every preference that concerns harm. Type it again to continue a stoppe
   --seeds N          root seeds on every world (default 1)
   --updates N        optimizer steps of the policy (default {updates})
   --mechanisms       instead of the runs: does each defence do what it says (worlds as above)
-  --no-cost          leave out time and memory factors, which are timed alone after the runs
+  --no-cost          time nothing; factors that an earlier command measured are shown
   --jobs N           runs at a time (default: one per core, {cores} here)
   --out DIR          folder of the runs, the table and the picture (default runs/battery)
 """
@@ -70,7 +70,7 @@ def command(words: list[str]) -> int:
     try:
         with sweep_progress() as listener:
             table = sweep(asked, out, jobs, listener)
-        prices = _costs(asked, out) if priced else {}
+        prices = _costs(asked if priced else [], out)
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return 130
@@ -100,11 +100,12 @@ def _costs(asked: Sequence[Config], out: Path) -> dict[tuple[str, str], dict[str
             name = " + ".join(map(brief, config.defences))
             priced.setdefault(f"{config.learner_name}: {name}", config)
     missing = [name for name in priced if name not in known]
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # alone, to be timed
-        found = pool.map(cost, [priced[name] for name in missing])
-        for name, value in track(zip(missing, found, strict=True), "Timing", len(missing)):
-            known[name] = value
-            write_atomic(file, dumps(known).encode())
+    if missing:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # alone, to be timed
+            found = pool.map(cost, [priced[name] for name in missing])
+            for name, value in track(zip(missing, found, strict=True), "Timing", len(missing)):
+                known[name] = value
+                write_atomic(file, dumps(known).encode())
     named = {tuple(name.split(": ", 1)): value for name, value in known.items()}
     return {(defence, learner): value for (learner, defence), value in named.items()}
 
