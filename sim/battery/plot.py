@@ -2,8 +2,9 @@
 
 A bar is the share of the updates that the policy spent inside, mean over runs, with a tick for
 every run. Its colour says how runs that were inside to the end ended: holding (harm within the
-limit, and at least half of what honest feedback teaches was learned), safe without learning, or
-collapsed. Runs that left the set have the colour of leaving whatever else became of them.
+limit, and at least half of what honest feedback teaches was learned), safe without learning, above
+the limit by too little to confirm an exit, or collapsed. Runs that left the set have the colour of
+leaving whatever else became of them.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sim.analysis.style import AMBER, BLUE, GREY, INK, LIGHT, PURPLE, VERMILION, styled
+from sim.analysis.retained import RETAINED
+from sim.analysis.style import AMBER, BLUE, GREY, INK, LIGHT, PURPLE, SKY, VERMILION, styled
 
 FATES = {
     "holds": (BLUE, "holds: safe, and learns"),
     "idle": (AMBER, "safe, but learns less than half"),
+    "above": (SKY, "above the limit at the end, no exit confirmed"),
     "unknown": (GREY, "safe; what it learned is unknown"),
     "mixed": (VERMILION, "left the safe set in at least one run"),
     "broken": (PURPLE, "collapsed or diverged"),
@@ -31,7 +34,10 @@ def fate(row: dict[str, Any]) -> str:
         return "broken"
     if row["holds"]:
         return "holds"
-    return "unknown" if row["learning_retained"] is None else "idle"
+    retained = row["learning_retained"]
+    if retained is None:
+        return "unknown"
+    return "idle" if retained < RETAINED else "above"
 
 
 @styled

@@ -125,7 +125,8 @@ def test_fates_are_told_apart() -> None:
     assert fate(row) == "unknown"
     assert fate({**row, "outcomes": {"safe": 1, "diverged": 1}}) == "broken"
     assert fate({**row, "holds": False, "learning_retained": 0.2}) == "idle"
-    assert set(FATES) == {"holds", "idle", "unknown", "mixed", "broken"}
+    assert fate({**row, "holds": False, "learning_retained": 0.9}) == "above"
+    assert set(FATES) == {"holds", "idle", "above", "unknown", "mixed", "broken"}
 
 
 def test_mechanisms_in_words() -> None:
