@@ -57,7 +57,8 @@ class Defence:
         offline: whether ``prepare`` is all of it, and leaves nothing behind but weights. Such
             defences are built once and shared by all runs.
         kind: place in a list that composes as its members are meant, one of :data:`KINDS`.
-        cost: compute of one optimizer step against none; for offline defences, passes in all.
+        cost: compute of one of the learner's steps against none; of offline defences, passes
+            (forward and backward of a batch) in each of their own steps.
         paper: where it is from.
         off: arguments under which it is bitwise no defence; "" where it has no strength.
     """

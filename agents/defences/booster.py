@@ -45,7 +45,7 @@ class Booster(OfflineDefence):
     """
 
     constraint = "meta-learned"
-    cost = "4 * steps"
+    cost = "4 passes a step"
     paper = "Huang et al. 2025"
     off = "steps=0"
 

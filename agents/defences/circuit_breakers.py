@@ -127,7 +127,7 @@ class CircuitBreakers(RepresentationRemoval):
         batch: rows of each data role per step.
     """
 
-    cost = "4 forwards and 2 backwards a step"
+    cost = "2 passes and 2 forwards a step"
     paper = "Zou et al. 2024"
 
     def __init__(

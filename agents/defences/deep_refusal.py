@@ -39,7 +39,7 @@ class DeepRefusal(OfflineDefence):
     """
 
     needs = frozenset({"pair", "retain"})
-    constraint, cost = "loss", "400 passes"
+    constraint, cost = "loss", "2 passes a step"
     paper = "Qi et al. 2025"
     off = "steps=0"
 

@@ -142,7 +142,7 @@ class RepresentationRemoval(OfflineDefence):
         batch: pairs per step; MMD needs 8 or more to mean anything.
     """
 
-    constraint, cost = "representation", "2 forwards and backwards a step"
+    constraint, cost = "representation", "3 passes a step"
     paper = "Rosati et al."
     off = "steps=0"
 

@@ -55,7 +55,7 @@ class RewardNeutralization(OfflineDefence):
     """
 
     needs = frozenset({"harm_prompts", "refusal", "retain", "score:cost"})
-    constraint, cost = "reward", "(group + 1) x batch x steps answers, group of them sampled"
+    constraint, cost = "reward", "group + 1 passes a step, answers sampled"
     paper = "Cao 2025"
     off = "steps=0"
 

@@ -65,7 +65,7 @@ class RMU(RepresentationRemoval):
         batch: rows of each data role per step.
     """
 
-    cost = "2 forwards and backwards and a forward of a few layers a step"
+    cost = "2 passes and a forward of a few layers a step"
     paper = "Li et al. 2024"
 
     def __init__(

@@ -70,7 +70,7 @@ class TAR(OfflineDefence):
 
     needs = frozenset({"harm", "harm_heldout", "retain"})
     constraint = "meta-learned"
-    cost = "steps * (tasks * inner_steps * (1 + 1/every) + 2)"
+    cost = "tasks * inner_steps * (1 + 1/every) + 2 passes a step"
     paper = "Tamirisa et al. 2024"
     off = "steps=0"
     held_out = "harm_heldout"

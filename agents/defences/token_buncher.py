@@ -50,7 +50,7 @@ class TokenBuncher(OfflineDefence):
     """
 
     needs = frozenset({"harm_prompts", "refusal", "retain"})
-    constraint, cost = "reward", "(group + 2) x batch x steps answers, group of them sampled"
+    constraint, cost = "reward", "group + 2 passes a step, answers sampled"
     paper = "Feng et al. 2025"
     off = "steps=0"
 
