@@ -115,7 +115,10 @@ defences = Registry("defence", "agents.defences", Defence)
 
 
 def order_warning(members: Sequence[Defence]) -> str | None:
-    """What to say of a list whose order changes what its members mean, if anything."""
+    """What to say of a list that is not what it seems: an unusual order, or a member twice."""
+    named = [d.spec for d in members if d.spec]
+    if twice := sorted({spec for spec in named if named.count(spec) > 1}):
+        return f"{', '.join(twice)} stands twice in the list, and acts twice"
     places = [KINDS.index("offline" if d.offline else d.kind) for d in members]
     for one, two, first, second in zip(members, members[1:], places, places[1:], strict=False):
         if first > second:

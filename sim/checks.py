@@ -16,7 +16,14 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from agents.defence import Defence, defences, missing_needs, order_warning
+from agents.defence import (
+    CONSTRAINTS,
+    KINDS,
+    Defence,
+    defences,
+    missing_needs,
+    order_warning,
+)
 from envs import usage
 from envs.attacks import Attack, attacks
 from envs.readers import read_rows
@@ -46,6 +53,12 @@ def check(config: Config) -> None:
             f"threat='offline' with defences={acting[0]!r}, which acts while the model is trained; "
             f"allowed: defences that act before its release ({', '.join(offline_names())})"
         )
+    for member in members:
+        for field, allowed in (("constraint", CONSTRAINTS), ("kind", KINDS)):
+            if (value := getattr(member, field)) not in allowed:
+                raise UsageError(
+                    f"defence {member.label}: {field}={value!r}; allowed: {', '.join(allowed)}"
+                )
     if unusual := order_warning(members):
         warnings.warn(f"defences: {unusual}", stacklevel=1)  # one place: said once
     attack = attacks.create(config.attack.name)

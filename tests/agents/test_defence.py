@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from agents.context import Context
-from agents.defence import PHASES, Defence, DefenceStack, Report, order_warning
+from agents.defence import PHASES, Defence, DefenceStack, Report, defences, order_warning
 
 
 class Plane(nn.Module):
@@ -273,6 +273,9 @@ def test_an_unusual_order_is_told():
     assert order_warning([]) is None
     assert "turns (turns) stands before Defence (additive)" in order_warning([Turns(), additive])
     assert "before early (offline)" in order_warning([additive, Early()])
+    twice = [defences.create("freeze"), defences.create("freeze")]
+    assert order_warning(twice) == "freeze stands twice in the list, and acts twice"
+    assert order_warning([defences.create("lisa"), defences.create("lisa(rho=2)")]) is None
 
 
 def test_slips_in_a_persons_own_defence_are_named(tiny):

@@ -48,6 +48,7 @@ FILES = {
     "syntax.py": "class Mine(:\n",
     "raises.py": "1 / 0\n",
     "other.py": "class Mine: pass\nCONSTANT = 3\n",
+    "odd.py": ("from agents.defence import Defence\nclass Mine(Defence): constraint = 'banana'\n"),
     "makes.py": (
         "from agents.defence import Defence\n"
         "class Mine(Defence):\n    def __init__(self): raise KeyError('no such table')\n"
@@ -72,6 +73,7 @@ DATA = "--data rows.jsonl --model"
 LIMIT = "run smoke --evaluation.limits"
 # Words typed, and what the one line of complaint has to name: field, value, what is allowed.
 REFUSED = [
+    ("run smoke --defence odd.py:Mine", "defence Mine: constraint='banana'; allowed: embedding"),
     ("run smoke --seed -1", "seed=-1; allowed: >= 0"),
     ("sweep smoke --seed -1", "seed=-1; allowed: >= 0"),
     ("run smoke --world.seed -1", "world.seed=-1; allowed: 0 to"),
