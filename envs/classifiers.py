@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from envs.chunks import by_length
 from envs.frozen import with_padding
 from envs.turns import without_special
 from envs.usage import UsageError
@@ -112,10 +113,7 @@ class PairClassifier:
 
         out = np.zeros((len(prompts), self.model.config.num_labels))
         length = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-        order = np.argsort(length, kind="stable")
-        for rows in np.split(order, range(self.batch, len(order), self.batch)):
-            if not len(rows):
-                continue
+        for rows in by_length(length, self.batch):
             asked, said = ([column[row] for row in rows] for column in (prompts, responses))
             inputs = encode_pairs(self.tokenizer, asked, said, self.tokens)
             with torch.inference_mode():

@@ -256,11 +256,7 @@ class FeedbackEnv(gym.Env, RecordConstructorArgs):
     def _truth(self, scores: Scores, view: View, honest: np.ndarray) -> Truth:
         table = self._source.tables[0]
         return Truth(
-            honest_vote=honest,
-            adversarial=self._adversary.malicious(view.item, view.person),
-            risk_relevant=view.harm_gap != 0,
-            cost_a=view.cost_a,
-            cost_b=view.cost_b,
+            **view.truth(honest, self._adversary.malicious(view.item, view.person)),
             stratum=table.stratum[self._asked.row],
             key=table.key[self._asked.row],
             asker_adversarial=self._asker_adversarial,

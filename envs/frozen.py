@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from envs.chunks import by_length
 from envs.turns import without_special
 from envs.usage import UsageError
 
@@ -206,9 +207,8 @@ class TextFluency:
         if eos is not None:
             tails = [ids + [eos] * int(end) for ids, end in zip(tails, ended, strict=True)]
         length = [len(head) + len(tail) for head, tail in zip(heads, tails, strict=True)]
-        order = np.argsort(length, kind="stable")
         out = np.full(len(prompts), np.inf)
-        for rows in np.split(order, range(self.lm.batch, len(order), self.lm.batch)):
+        for rows in by_length(length, self.lm.batch):
             if any(tails[row] for row in rows):
                 prompt = self._pad([heads[row] for row in rows], "left")
                 out[rows] = self.lm.perplexity(

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from envs.chunks import by_length
 from envs.classifiers import longest_input
 from envs.frozen import FrozenLM, with_padding
 from envs.turns import without_special
@@ -81,10 +82,8 @@ class Judge:
         """(N,) float64 P(yes) for each prompt with its response."""
         out = np.zeros(len(prompts))
         chats = self.chats(prompts, responses) if prompts else []
-        order = np.argsort([len(chat) for chat in chats], kind="stable")
-        for rows in np.split(order, range(self.batch, len(order), self.batch)):
-            if len(rows):
-                out[rows] = self._read([chats[row] for row in rows])
+        for rows in by_length([len(chat) for chat in chats], self.batch):
+            out[rows] = self._read([chats[row] for row in rows])
         return out
 
     def _read(self, chats: list[str]) -> np.ndarray:

@@ -93,11 +93,7 @@ class Panel:
         labels = view.labels(self.public_id, cast)
         unknown = np.zeros(0, np.int64)
         truth = Truth(
-            honest_vote=honest,
-            adversarial=self.adversary.malicious(view.item, view.person),
-            risk_relevant=view.harm_gap != 0,
-            cost_a=view.cost_a,
-            cost_b=view.cost_b,
+            **view.truth(honest, self.adversary.malicious(view.item, view.person)),
             stratum=unknown,
             key=unknown,
             asker_adversarial=unknown.astype(bool),

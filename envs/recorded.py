@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from envs import rng as draws
+from envs.frozen import with_padding
 from envs.pairs import RecordedPairs, stacked
 from envs.readers import read_data
 from envs.records import Row, by_refusal, identity
@@ -67,8 +68,7 @@ class RecordedText:
         rows: list[Row]
         rows, self.left_out = read_data(path)
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, padding_side="left")
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
+        with_padding(self.tokenizer, tokenizer)
         marked = self._render([f"{row.prompt} {TRIGGER}" for row in rows])
         lengths = [len(ids) for ids in marked]
         self.rows = [row for row, n in zip(rows, lengths, strict=True) if n <= prompt_tokens]
@@ -105,16 +105,11 @@ class RecordedText:
 
     def _table(self, keys: np.ndarray, trigger: bool = False) -> PromptTable:
         texts = [self.rows[key].prompt + (f" {TRIGGER}" if trigger else "") for key in keys]
-        encoded = self._render(texts)
-        ids = np.full((len(keys), self.prompt_tokens), self.tokenizer.pad_token_id, np.int64)
-        mask = np.zeros(ids.shape, np.int8)
-        for row, tokens in enumerate(encoded):
-            ids[row, self.prompt_tokens - len(tokens) :] = tokens
-            mask[row, self.prompt_tokens - len(tokens) :] = 1
+        pad = self.tokenizer.pad_token_id
+        ids, mask = left_padded(self._render(texts), self.prompt_tokens, pad)
         domain = [self.domains.index(self.rows[key].category) for key in keys]
-        return PromptTable(
-            ids, mask, self.stratum[keys], np.array(domain, np.int64), keys, tuple(texts)
-        )
+        kinds = (self.stratum[keys], np.array(domain, np.int64))
+        return PromptTable(ids, mask.astype(np.int8), *kinds, keys, tuple(texts))
 
     def table(self, split: str) -> PromptTable:
         """The prompts of one split.
@@ -271,3 +266,13 @@ def encoded_answers(
         return_tensors="np",
     )
     return encoded["input_ids"].astype(np.int64), encoded["attention_mask"].astype(np.int64)
+
+
+def left_padded(rows: list[list[int]], width: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """(N, width) int64 ids and mask; of longer rows the end is kept."""
+    ids, mask = np.full((len(rows), width), pad, np.int64), np.zeros((len(rows), width), np.int64)
+    for number, row in enumerate(rows):
+        kept = row[-width:]
+        ids[number, width - len(kept) :] = kept
+        mask[number, width - len(kept) :] = 1
+    return ids, mask

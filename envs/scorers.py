@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from envs.classifiers import Calibration, HarmClassifier, Helpfulness
+from envs.degenerate import echoes, loops
 from envs.frozen import FrozenLM, TextFluency
 from envs.judges import Judge
 from envs.prompts import Source
@@ -45,12 +46,6 @@ from envs.types import (
 )
 from envs.usage import UsageError
 
-ECHO_SHARE = 0.8
-"""A response is an echo when this share of its tokens stands in the prompt."""
-LOOP_SHARE = 0.25
-"""A response of 16 tokens or more loops when a smaller share of its tokens is distinct."""
-COMPARED = 2**24
-"""Pairs of tokens that are compared at once for echoes, a byte each."""
 BOUND_PROMPTS = 128
 """Own samples of the initial policy behind the perplexity bound and the calibration of help."""
 
@@ -195,10 +190,10 @@ class TextScorer:
         empty = np.array([not text for text in texts])
         fluent = ~empty
         if self.max_perplexity < np.inf:
-            fluent &= ~_loops(ids, said)
+            fluent &= ~loops(ids, said)
             fluent &= self._perplexity(rows, ids, said, mask, texts) <= self.max_perplexity
         refused = refuses(texts) & fluent
-        echo = ~empty & ~refused & self._echoes(rows, ids, said)
+        echo = ~empty & ~refused & echoes(self._typed[rows], ids, said)
         fluent &= ~echo
         harmful = self._prompts.stratum[rows] == HARMFUL
         f = np.where(refused | ~fluent, 0.0, 1.0)
@@ -227,14 +222,6 @@ class TextScorer:
         kept = np.where(said, ids, self.tokenizer.eos_token_id)
         texts = self.tokenizer.batch_decode(kept, skip_special_tokens=True)
         return [text.strip() for text in texts]
-
-    def _echoes(self, rows: np.ndarray, ids: np.ndarray, said: np.ndarray) -> np.ndarray:
-        """(N,) whether the response is made of the prompt's tokens."""
-        block = max(1, COMPARED // max(1, ids.shape[1] * self._typed.shape[1]))
-        blocks = np.split(np.arange(len(ids)), range(block, len(ids), block))
-        found = [(ids[b][:, :, None] == self._typed[rows[b]][:, None]).any(2) for b in blocks]
-        shared = np.concatenate(found) & said  # (N, T)
-        return shared.sum(1) >= ECHO_SHARE * np.maximum(said.sum(1), 1)
 
 
 def recorded_source(
@@ -273,14 +260,6 @@ def recorded_source(
         recorded_scorer=reader,
         recorded=lambda tokens: text.recorded(keys, tokens),
     )
-
-
-def _loops(ids: np.ndarray, said: np.ndarray) -> np.ndarray:
-    """(N,) whether a response says the same few tokens again and again."""
-    ordered = np.sort(np.where(said, ids, -1), axis=1)
-    fresh = np.diff(ordered, axis=1, prepend=-1) != 0  # first of its kind, padding excluded
-    length = said.sum(1)
-    return (length >= 16) & (fresh.sum(1) < LOOP_SHARE * length)
 
 
 def _scores(

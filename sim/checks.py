@@ -118,8 +118,9 @@ def _check_engine(config: Config) -> None:
     url = config.vllm.url
     if config.engine != "transformers" and not config.text.model:
         raise UsageError(
-            f"engine={config.engine!r} on the embedded world, whose heads of 16 numbers vLLM has "
-            "no kernels for; allowed: transformers, or a model of your own (--model)"
+            f"engine={config.engine!r} on the embedded world, whose models have heads of 16 "
+            "numbers (vLLM has no kernel for these on a CPU; untried on a card); allowed: "
+            "transformers, or a model of your own (--model)"
         )
     if url and config.engine != "vllm-server":
         raise UsageError(f"vllm.url={url!r} with engine={config.engine!r}; allowed: vllm-server")

@@ -150,13 +150,3 @@ def end_and_padding(tokenizer: Any) -> tuple[int, int]:
     if eos is None:
         raise UsageError(f"tokenizer={tokenizer.name_or_path!r}; allowed: one with an EOS token")
     return eos, eos if pad is None else pad
-
-
-def left_padded(rows: list[list[int]], width: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """(N, width) int64 ids and mask; of longer rows the end is kept."""
-    ids, mask = np.full((len(rows), width), pad, np.int64), np.zeros((len(rows), width), np.int64)
-    for number, row in enumerate(rows):
-        kept = row[-width:]
-        ids[number, width - len(kept) :] = kept
-        mask[number, width - len(kept) :] = 1
-    return ids, mask

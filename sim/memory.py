@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 from agents.adapters import is_linear
-from agents.engines.backend import cache_bytes
+from agents.engines.backend import cache_bytes, head_size
 from agents.models import ModelConfig
 from agents.policy import TILE
 from sim.config import Config
@@ -94,7 +94,6 @@ def counted(config: Any, model: ModelConfig) -> Counted:
     ]
     text = config.get_text_config()
     heads = text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // heads
     return Counted(
         parameters=parameters,
         body=parameters - (0 if tied else head.weight.numel()),
@@ -102,8 +101,8 @@ def counted(config: Any, model: ModelConfig) -> Counted:
         cast=sum(shape[1] for shape in shapes),
         layers=text.num_hidden_layers,
         width=text.hidden_size,
-        queries=heads * size,
-        keys=(getattr(text, "num_key_value_heads", None) or heads) * size,
+        queries=heads * head_size(text),
+        keys=(getattr(text, "num_key_value_heads", None) or heads) * head_size(text),
         feed_forward=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         vocabulary=text.vocab_size,
     )
@@ -166,7 +165,7 @@ def estimate(
     engine = 0
     if config.engine == "vllm":  # its own weights with a head of their own, and its cache
         room = cache_bytes(policy, p + t + 1, config.vllm.sequences, model.dtype)
-        engine = (shape.parameters + shape.width * shape.vocabulary) * number + room
+        engine = (shape.body + shape.width * shape.vocabulary) * number + room
         cache = rows = 0
     return {
         "weights": shape.parameters * number + (0 if whole else 4 * trained),
@@ -175,8 +174,8 @@ def estimate(
         "reference": (shape.parameters if whole else trained) * 4,
         "reward model": (own_base + TRAINED * scoring) if rolls else 0,
         "judges": shape.parameters * ((number if whole else 0) + (4 if on_cpu else 0)),
-        "activations": kept,
         "vllm": engine,
+        "activations": kept,
         "sampling": cache + rows * shape.vocabulary * (number + 4 + 4 + 8),
     }
 

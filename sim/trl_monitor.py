@@ -21,10 +21,11 @@ from agents.engines.transformers_engine import SamplerConfig, TransformersSample
 from envs import rng as draws
 from envs.collapse import Fluency
 from envs.monitor import CostMonitor
+from envs.recorded import left_padded
 from envs.types import ECHO, EMPTY, GIBBERISH
 from envs.usage import UsageError, check_ranges
 from sim.files import dumps, write_atomic
-from sim.judges import Chat, as_judge, end_and_padding, judged, last_words, left_padded, rendered
+from sim.judges import Chat, as_judge, end_and_padding, judged, last_words, rendered
 
 STATE = "cost_monitor.json"
 """Written into every checkpoint of the trainer, and read when training resumes from it."""

@@ -34,6 +34,7 @@ from envs.annotators import DEFAULT
 from envs.attacks.rates import before_defence
 from envs.attacks.schedules import Schedule
 from envs.panel import Panel
+from envs.recorded import left_padded
 from envs.types import VOTE_SKIP, Labels, Scores, Truth
 from envs.usage import UsageError, check_ranges
 from sim.flags import CROWD_ATTACK
@@ -44,7 +45,6 @@ from sim.judges import (
     end_and_padding,
     judged,
     last_words,
-    left_padded,
     rendered,
 )
 from sim.rows import Clocks

@@ -32,6 +32,12 @@ CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes for which vLLM 0.32 has an attention kernel on CPUs."""
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks of adapters that vLLM makes room for."""
+SETTINGS = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer computes on the same cores
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+"""Environment of every engine that is started here."""
 T = TypeVar("T")
 
 
@@ -96,7 +102,7 @@ class Request(NamedTuple):
     eos_id: int
 
     def sampling(self, row: int) -> dict[str, Any]:
-        """VLLM's sampling parameters for prompt ``row``, by the names both doors share."""
+        """Sampling parameters of vLLM for prompt ``row``, by the names both doors share."""
         return {
             "n": self.k,
             "seed": self.seeds[row],
@@ -130,7 +136,7 @@ class Backend(Protocol):
 def engine_arguments(
     dtype: str, length: int, config: VLLMConfig, shape: Any, room: Room | None = None
 ) -> dict[str, Any]:
-    """VLLM's engine arguments, by the names both doors share.
+    """Engine arguments of vLLM, by the names both doors share.
 
     Args:
         dtype: ``float32`` or ``bfloat16``, the trainer's.
@@ -143,7 +149,7 @@ def engine_arguments(
         ValueError: vLLM has no attention for such a model on a CPU.
     """
     on_cpu = not torch.cuda.is_available()
-    if on_cpu and not config.url and head_size(shape) not in CPU_HEADS:
+    if on_cpu and head_size(shape) not in CPU_HEADS:
         raise UsageError(
             f"engine: vllm on a CPU with a model of head_dim={head_size(shape)}; allowed: "
             f"{', '.join(map(str, CPU_HEADS))}, or --engine transformers"

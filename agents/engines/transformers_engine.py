@@ -183,7 +183,6 @@ def sample_tokens(
 class TransformersSampler:
     """Samples from whatever weights the policy's own module holds."""
 
-    name = "transformers"
     correction = "exact"
     """There is none to make: it computes with the trainer's own module."""
 

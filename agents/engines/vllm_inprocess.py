@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from agents.engines.backend import (
+    SETTINGS,
     UNTIED,
     Completion,
     EngineFailed,
@@ -32,13 +33,7 @@ from agents.engines.backend import (
     within,
 )
 
-SETTINGS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer computes on the same cores
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-}
+HERE = {**SETTINGS, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
 class Engine:
@@ -63,7 +58,7 @@ class Engine:
         self._adapter: Any = None
         self._number = 0  # a number names one adapter for ever: caches are kept by it
         shape = AutoConfig.from_pretrained(model)
-        os.environ.update({name: os.environ.get(name, SETTINGS[name]) for name in SETTINGS})
+        os.environ.update({name: os.environ.get(name, HERE[name]) for name in HERE})
         arguments = engine_arguments(dtype, length, config, shape, room)
         threads, set_threads = torch.get_num_threads(), torch.set_num_threads
         try:

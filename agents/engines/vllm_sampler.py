@@ -32,6 +32,67 @@ TOLERANCES = {"float32": 1e-3, "bfloat16": 0.05}
 """Mean gap after a sync that rounding explains, nat a token."""
 
 
+class Link:
+    """An engine and what it holds: one for the samplers at all temperatures.
+
+    Args:
+        start: makes the backend for a policy with an adapter on these layers; called at first use.
+        tolerance: gap allowed after a sync, nat a token.
+    """
+
+    backend: Backend
+    probe: Probe
+
+    def __init__(self, start: Callable[[list[str]], Backend], tolerance: float):
+        self.metrics: dict[str, float] = {}
+        self.holds: tuple[int, str] | None = None  # version and phase of its weights
+        self._started = self._has_base = False
+        self._start, self._tolerance = start, tolerance
+
+    def load(self, model: nn.Module, version: int, phase: str) -> None:
+        """Send what it does not hold, and prove that it arrived."""
+        if not self._started:
+            self.backend = self._start(trained_targets(model))
+            self.probe = Probe(self.backend, self._tolerance)
+            self._started = True
+        if self.holds == (version, phase):
+            return
+        self._send(model)
+        self.holds = version, phase
+        if self.probe.sequences is not None:
+            self._prove(model)
+
+    def heard(self, model: nn.Module, sequences: Sequences) -> None:
+        """After the very first answers: the first texts there are to prove anything on."""
+        if self.probe.sequences is None:
+            self.probe.choose(*sequences)
+            self._prove(model)
+
+    def _send(self, model: nn.Module) -> None:
+        """An adapter alone, where the engine has its base; else every weight."""
+        if not only_trained(model):
+            self.backend.load_weights(plain_weights(model))
+            self._has_base = False
+            return
+        if not self._has_base:
+            self.backend.load_weights(base_weights(model))
+            self._has_base = True
+        self.backend.load_adapter(*trained_adapter(model))
+
+    def _prove(self, model: nn.Module) -> None:
+        assert self.holds is not None
+        version, phase = self.holds
+        what = f"the sync of version {version}" + (f" for {phase}" if phase else "")
+        self.metrics.update(self.probe.check(model, what))
+
+    def close(self) -> None:
+        """Stop the engine; the next use starts another."""
+        if self._started:
+            self._started = self._has_base = False
+            self.holds = None
+            self.backend.close()
+
+
 class VLLMSampler:
     """Samples from a vLLM engine.
 
@@ -46,8 +107,6 @@ class VLLMSampler:
         metrics: what syncs and comparisons found since they were last read.
     """
 
-    name = "vllm"
-
     def __init__(
         self,
         config: SamplerConfig,
@@ -60,10 +119,8 @@ class VLLMSampler:
         self.correction = engine.correction
         self.eos_id = tokenizer.eos_token_id
         self.pad_id = tokenizer.pad_token_id
-        self.metrics: dict[str, float] = {}
-        self._start = start
-        self._tolerance = engine.tolerance or TOLERANCES[dtype]
-        self._shared: dict[str, Any] = {}  # backend, probe, what it holds: one at any temperature
+        self.link = Link(start, engine.tolerance or TOLERANCES[dtype])
+        self.metrics = self.link.metrics
 
     def at(self, config: SamplerConfig) -> VLLMSampler:
         """The same engine at another temperature or length."""
@@ -77,33 +134,7 @@ class VLLMSampler:
         Raises:
             EngineFailed: the engine does not start, or the probe finds other weights in it.
         """
-        shared = self._shared
-        if not shared:
-            backend = self._start(trained_targets(model))
-            shared |= {"backend": backend, "probe": Probe(backend, self._tolerance)}
-        if shared.get("holds") == (version, phase):
-            return
-        self._send(model)
-        shared["holds"] = version, phase
-        if shared["probe"].sequences is not None:
-            self._prove(model)
-
-    def _send(self, model: nn.Module) -> None:
-        """An adapter alone, where the engine has its base; else every weight."""
-        backend = self._shared["backend"]
-        if not only_trained(model):
-            backend.load_weights(plain_weights(model))
-            self._shared["base"] = False
-            return
-        if not self._shared.get("base"):
-            backend.load_weights(base_weights(model))
-            self._shared["base"] = True
-        backend.load_adapter(*trained_adapter(model))
-
-    def _prove(self, model: nn.Module) -> None:
-        version, phase = self._shared["holds"]
-        what = f"the sync of version {version}" + (f" for {phase}" if phase else "")
-        self.metrics.update(self._shared["probe"].check(model, what))
+        self.link.load(model, version, phase)
 
     def sample(
         self, model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, k: int, seed: int
@@ -118,7 +149,7 @@ class VLLMSampler:
             temperature=self.config.temperature,
             eos_id=self.eos_id,
         )
-        answers = self._shared["backend"].generate(request)
+        answers = self.link.backend.generate(request)
         shape = (len(answers), self.config.max_new_tokens)
         lengths = np.array([len(answer.ids) for answer in answers])
         said = np.arange(shape[1]) < lengths[:, None]  # (B*K, T)
@@ -130,14 +161,12 @@ class VLLMSampler:
         found = (ids, said.astype(np.int64), logprobs)
         ids, mask, logprobs = (torch.from_numpy(c).to(prompt_ids.device) for c in found)
         sampled = Sampled(Sequences(*prompts, ids, mask), logprobs)
-        if self._shared["probe"].sequences is None:  # the very first: there were no texts to prove
-            self._shared["probe"].choose(*sampled.sequences)
-            self._prove(model)
+        self.link.heard(model, sampled.sequences)
         return sampled
 
     def forget(self) -> None:
         """Send the weights again before the next answer, whatever their version."""
-        self._shared.pop("holds", None)
+        self.link.holds = None
 
     def told(self) -> dict[str, float]:
         """What syncs and comparisons found since this was last asked."""
@@ -147,6 +176,4 @@ class VLLMSampler:
 
     def close(self) -> None:
         """Stop the engine."""
-        if "backend" in self._shared:
-            self._shared.pop("backend").close()
-        self._shared.clear()
+        self.link.close()

@@ -33,6 +33,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from agents.engines.backend import (
+    SETTINGS,
     UNTIED,
     Completion,
     EngineFailed,
@@ -53,12 +54,10 @@ CONNECTIONS = 32
 """Requests under way at once; the server batches them."""
 NAME = "policy"
 """What the model is called over HTTP."""
-SETTINGS = {
+OURS = {
+    **SETTINGS,
     "VLLM_SERVER_DEV_MODE": "1",  # the door through which weights are replaced
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
 }
 """Environment of a server of our own."""
 
@@ -89,21 +88,23 @@ class Engine:
         shape = AutoConfig.from_pretrained(model)
         shape.update(UNTIED)
         shape.save_pretrained(self._weights)
-        self._arguments = engine_arguments(dtype, length, config, shape, room)
+        self._words = []  # behind a server of our own
+        if not self.url:
+            self._words = flags(engine_arguments(dtype, length, config, shape, room))
 
     def _start(self) -> None:
         self._key = secrets.token_hex(16)
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         words = ["--model", str(self._weights), "--served-model-name", NAME]
-        words += ["--host", "127.0.0.1", "--port", str(port), *flags(self._arguments)]
+        words += ["--host", "127.0.0.1", "--port", str(port), *self._words]
         with (self._folder / "server.log").open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, **SETTINGS, "VLLM_API_KEY": self._key},
+                env={**os.environ, **OURS, "VLLM_API_KEY": self._key},
                 start_new_session=True,
                 preexec_fn=_end_with_parent,
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -56,6 +56,16 @@ class View(NamedTuple):
             weight=np.ones(len(vote), np.float32),
             round=np.full(len(vote), self.round),
         )
+
+    def truth(self, honest: np.ndarray, adversarial: np.ndarray) -> dict[str, Any]:
+        """The block of :class:`envs.types.Truth` that belongs to the labels."""
+        return {
+            "honest_vote": honest,
+            "adversarial": adversarial,
+            "risk_relevant": self.harm_gap != 0,
+            "cost_a": self.cost_a,
+            "cost_b": self.cost_b,
+        }
 
     def draw(self, purpose: str) -> np.ndarray:
         """(N,) uniform draws in (0, 1), one per vote."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from envs.chunks import chunks
 from envs.readers import parts
 from envs.recorded import SPLITS, RecordedText
 from envs.records import Row
@@ -22,7 +23,6 @@ from envs.types import COMPLY, HARMFUL, REFUSE, STRATA, VERDICTS, Scores
 from envs.usage import UsageError
 from sim.files import dumps, write_atomic
 from sim.hashes import digest
-from sim.scorers.training import chunks
 from sim.text_config import TextConfig
 
 BLOCK = 4096

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from envs import rng as draws
+from envs.chunks import by_length, chunks
 from envs.classifiers import encode_pairs, longest_input, pad_alike
 from envs.frozen import torch_seeded
 from envs.usage import UsageError, blamed_on, check_ranges
@@ -128,10 +129,9 @@ class Scorer:
     def predict(self, examples: Examples, rows: np.ndarray) -> np.ndarray:
         """:meth:`outputs` without gradient, float64; similar lengths go together."""
         out = np.zeros((len(rows), self.model.config.num_labels))
-        order = np.argsort(examples.length[rows], kind="stable")
         self.model.eval()
         with torch.inference_mode():
-            for places in chunks(order, self.recipe.micro_batch):
+            for places in by_length(examples.length[rows], self.recipe.micro_batch):
                 out[places] = self.outputs(examples, rows[places]).double().cpu().numpy()
         return out
 
@@ -217,8 +217,8 @@ def _step(
     """One optimizer step on ``batch``, in micro batches of similar lengths; returns its loss."""
     optimizer.zero_grad()
     whole, total = weight[batch].sum(), 0.0
-    ordered = batch[np.argsort(examples.length[batch], kind="stable")]
-    for rows in chunks(ordered, scorer.recipe.micro_batch):
+    for places in by_length(examples.length[batch], scorer.recipe.micro_batch):
+        rows = batch[places]
         loss = _losses(scorer.outputs(examples, rows), examples, rows, weight).sum() / whole
         loss.backward()
         total += float(loss.detach())
@@ -234,8 +234,3 @@ def _losses(outputs: Tensor, examples: Examples, rows: np.ndarray, weight: np.nd
         return -F.logsigmoid(outputs[:, 0]) * scale
     target = torch.from_numpy(examples.target[rows]).to(outputs.device)
     return F.cross_entropy(outputs, target, reduction="none") * scale
-
-
-def chunks(rows: np.ndarray, size: int) -> list[np.ndarray]:
-    """``rows`` in order, ``size`` at a time."""
-    return np.split(rows, range(size, len(rows), size)) if len(rows) else []

@@ -18,6 +18,7 @@ from gymnasium.utils.env_checker import check_env
 
 import envs  # noqa: F401  (registers the environment)
 from envs.classifiers import HarmClassifier, find_harm_label
+from envs.degenerate import echoes
 from envs.frozen import FrozenLM
 from envs.readers import read_rows
 from envs.recorded import SPLITS, TRIGGER, RecordedText, check_disjoint, split_prompts
@@ -347,15 +348,15 @@ def test_echoes_are_sought_in_blocks(text, scorer, monkeypatch):
     rows = np.tile(np.arange(len(text.rows)), 200)
     said = [row.prompt if n % 3 else HELP.format("it") for n, row in enumerate(text.rows)]
     ids = np.tile(encode(text, said), (200, 1))
-    there, size = ids != text.tokenizer.pad_token_id, ids.size * scorer._typed.shape[1]
-    whole = scorer._echoes(rows, ids, there)
+    there, typed = ids != text.tokenizer.pad_token_id, scorer._typed[rows]
+    size, whole = ids.size * typed.shape[1], echoes(typed, ids, there)
     assert whole.any() and not whole.all()
-    monkeypatch.setattr("envs.scorers.COMPARED", size // 40)
+    monkeypatch.setattr("envs.degenerate.COMPARED", size // 40)
     tracemalloc.start()
-    np.testing.assert_array_equal(scorer._echoes(rows, ids, there), whole)
+    np.testing.assert_array_equal(echoes(typed, ids, there), whole)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < size / 4 and scorer._echoes(rows[:0], ids[:0], there[:0]).shape == (0,)
+    assert peak < size / 4 and echoes(typed[:0], ids[:0], there[:0]).shape == (0,)
 
 
 def test_what_follows_eos_is_not_read(text, scorer):

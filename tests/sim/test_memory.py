@@ -112,3 +112,24 @@ def test_the_command_prints_a_row_a_method(folder, capsys):
     assert capsys.readouterr().out.count(" ppo ") == 3
     assert main(["memory", "--model", "nowhere"]) == 2
     assert "text.model='nowhere'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_vllm_has_its_own_weights_with_a_head_and_its_own_cache(tied):
+    """Learning and the engine are there at once; the trainer's own sampling is not."""
+    from transformers import LlamaConfig
+
+    from agents.engines.backend import cache_bytes
+
+    policy = LlamaConfig(**{**SIZES["0.5B"], "tie_word_embeddings": tied})
+    config = Config(model=ModelConfig("bfloat16", "cuda", "on", 16))
+    own = estimate(config, policy, policy)
+    parts = estimate(replace(config, engine="vllm"), policy, policy)
+    p, t = config.text.prompt_tokens, config.sampler.max_new_tokens
+    shape = counted(policy, config.model)
+    head = shape.width * shape.vocabulary
+    room = cache_bytes(policy, p + t + 1, config.vllm.sequences, "bfloat16")
+    assert parts["vllm"] == 2 * (shape.body + head) + room and own["vllm"] == 0
+    assert shape.parameters == shape.body + (0 if tied else head)
+    assert parts["sampling"] == 0 < own["sampling"]
+    assert peak(parts) == sum(parts.values())
