@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from agents.processes import like, like_all, whole
 from envs.usage import UsageError
 
 TRAINED = "trained"
@@ -124,8 +125,8 @@ def plain_weights(model: nn.Module) -> dict[str, Tensor]:
     weights = base_weights(model)
     for name, layer in adapted_layers(model).items():
         for adapter in () if layer.disable_adapters else layer.active_adapters:
-            change = layer.get_delta_weight(adapter).detach()
-            plain = weights[f"{name}.weight"]
+            change = whole(layer.get_delta_weight(adapter).detach())
+            plain = whole(weights[f"{name}.weight"])
             weights[f"{name}.weight"] = (plain + change).to(plain.dtype)
     return weights
 
@@ -146,9 +147,9 @@ def load_own_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         RuntimeError: a tensor is missing, or is none of the model's.
     """
     if not has_trained_adapter(model):
-        model.load_state_dict(state)
+        model.load_state_dict(like_all(model.state_dict(), state))
         return
-    _, unexpected = model.load_state_dict(state, strict=False)
+    _, unexpected = model.load_state_dict(like_all(model.state_dict(), state), strict=False)
     missing = own_state(model).keys() - state.keys()
     if missing or unexpected:
         raise RuntimeError(f"adapters: missing {sorted(missing)}, unexpected {sorted(unexpected)}")
@@ -177,7 +178,7 @@ def load_trained_adapter(model: nn.Module, tensors: Mapping[str, Tensor]) -> Non
         raise RuntimeError(f"adapter: {sorted(live.keys() ^ tensors.keys())} differ")
     with torch.no_grad():
         for name, value in live.items():
-            value.copy_(tensors[name])
+            value.copy_(like(value, tensors[name]))
 
 
 def _peft_names(model: nn.Module) -> dict[str, Tensor]:

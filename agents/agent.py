@@ -28,6 +28,7 @@ from agents.engines.transformers_engine import Sampled
 from agents.learners.reward_model import RewardModel
 from agents.learners.update import Diverged, Learner
 from agents.policy import Policy, response_logprobs
+from agents.processes import all_whole
 from agents.replay import Replay
 from agents.served import Served, joined, recorded_pairs
 from envs import rng as draws
@@ -113,6 +114,7 @@ class Agent:
         count = 0 if owned else self._remember(labels)
         seed = draws.key(self.seed, "learn", self.round)
         metrics: dict[str, float] = {}
+        self.sampler.rest()
         try:
             if count:
                 self.replay.revise(self._aggregate(self.replay.log(count)))
@@ -193,6 +195,7 @@ class Agent:
         kl = ((sampled.logprobs - logp_ref) * sequences.mask).sum(1).mean()
         metrics = {"reward": float(rewards.mean()), "policy/kl_rollout": float(kl)}
         batch = moved(batch, self.stack.ctx.device)
+        self.sampler.rest()
         return metrics | self.learner.learn(self.stack.feedback(batch), seed)
 
     def _sample(self, ids: Tensor, mask: Tensor, k: int, phase: str, seed: int) -> Sampled:
@@ -262,7 +265,7 @@ class Agent:
         if self.reward_model is not None:
             state["reward_model"] = own_state(self.reward_model.ctx.model)
             state["reward_learner"] = self.reward_model.state_dict()
-        return state
+        return all_whole(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`; the defences have recreated their structure already."""

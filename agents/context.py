@@ -29,6 +29,7 @@ from agents.adapters import (
 from agents.batches import Pairs, Sequences
 from agents.models import device_of
 from agents.policy import Policy, response_logprobs, response_terms
+from agents.processes import all_whole, like, like_all, whole
 from envs import rng as draws
 
 
@@ -165,7 +166,7 @@ class Context:
     def grad_norm(self) -> Tensor:
         """L2 norm of the gradients accumulated so far, in float32."""
         grads = [p.grad.float() for p in self.policy_params() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+        return whole(torch.nn.utils.get_total_norm(grads)) if grads else torch.zeros(())
 
     @contextmanager
     def isolated_grads(self, accumulate: bool = False) -> Iterator[None]:
@@ -239,7 +240,7 @@ class Context:
         """What a run keeps of a policy: the trained adapter with its config, or plain weights."""
         if has_trained_adapter(self.model):
             return trained_adapter(self.model)
-        return self.export_weights(), None
+        return all_whole(self.export_weights()), None
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Put back what was :meth:`exported` with a defence's adapters off; those stay as they are.
@@ -250,11 +251,11 @@ class Context:
         if has_trained_adapter(self.model):
             load_trained_adapter(self.model, weights)
             return
-        names = plain_names(self.model)
-        adapters = {n: v for n, v in self.model.state_dict().items() if n not in names}
+        names, state = plain_names(self.model), self.model.state_dict()
+        adapters = {n: v for n, v in state.items() if n not in names}
         live = {plain: name for name, plain in names.items()}
         given = {live.get(name, name): value for name, value in weights.items()}
-        self.model.load_state_dict({**adapters, **given})
+        self.model.load_state_dict({**adapters, **like_all(state, given)})
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizer moments, counters and generators; weights are the agent's."""
@@ -268,7 +269,20 @@ class Context:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
         self.step = int(state["step"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(_divided(self.optimizer, state["optimizer"]))
         self.rng.set_state(state["rng"])
         for name, drawn in state["drawn"].items():
             self.data[name].drawn = int(drawn)
+
+
+def _divided(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """``state`` of ``optimizer`` with its moments divided as the parameters are."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {
+        i: {
+            k: like(params[int(i)], v) if v.shape == params[int(i)].shape else v
+            for k, v in of.items()
+        }
+        for i, of in state["state"].items()
+    }
+    return {**state, "state": moments}

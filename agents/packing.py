@@ -25,6 +25,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from agents.batches import Sequences, distinct_prompts
+from agents.sharding import has_hooks
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Values of ``config.model_type`` whose attention is softmax(q k / scale) v and nothing more."""
@@ -96,7 +97,7 @@ def can_pack(model: nn.Module, length: int) -> bool:
 
     One with hooks on itself is not: packing calls its parts, and would pass them by.
     """
-    if model._forward_hooks or model._forward_pre_hooks:
+    if has_hooks(model):
         return False
     config: Any = model.config
     window = getattr(config, "sliding_window", None) or length

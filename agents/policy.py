@@ -20,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from agents.batches import Sequences
 from agents.models import device_of, freeze_copy
 from agents.packing import can_pack, pack, packed_inputs
+from agents.processes import by_rows
+from agents.sharding import as_forward
 
 TILE = 2**24
 """Logits formed at once: 64 MiB in float32, beside them their log-softmax and gradient."""
@@ -32,6 +34,7 @@ class ResponseTerms(NamedTuple):
     hidden: Tensor | None  # (N, T, d), state that predicts each token; only when asked for
 
 
+@as_forward
 def response_terms(
     model: nn.Module, sequences: Sequences, temperature: float = 1.0, hidden: bool = False
 ) -> ResponseTerms:
@@ -59,6 +62,7 @@ def response_terms(
     )
 
 
+@as_forward
 def response_states(model: nn.Module, sequences: Sequences) -> Tensor:
     """(N, T, d) final-norm hidden states that predict each response token, 0 on padding."""
     if not can_pack(model, sequences.prompt_ids.shape[1] + sequences.ids.shape[1]):
@@ -109,6 +113,7 @@ def tiled_logp(head: nn.Module, states: Tensor, ids: Tensor, temperature: float)
     return torch.cat([checkpoint(tile, *part, **again) for part in parts])
 
 
+@as_forward
 def sequence_rewards(model: nn.Module, sequences: Sequences) -> Tensor:
     """(N,) outputs of a sequence classifier's one-number head, read at each response's end."""
     width = sequences.prompt_ids.shape[1]
@@ -142,11 +147,11 @@ def response_logprobs(
     The rows go to the model's device; what is found of them comes back to theirs.
     """
     here, there = sequences.ids.device, device_of(model)
-    parts = [
-        response_terms(model, sequences.take(rows).to(there), temperature).logp.to(here)
-        for rows in torch.arange(len(sequences)).split(batch)
-    ]
-    return torch.cat(parts)
+
+    def logp(rows: Tensor) -> Tensor:
+        return response_terms(model, sequences.take(rows).to(there), temperature).logp.to(here)
+
+    return by_rows(logp, len(sequences), batch)
 
 
 def load_tokenizer(path: str | Path) -> Any:

@@ -33,6 +33,7 @@ from envs.registry import absolute, is_plugin
 from envs.usage import UsageError
 from sim.config import AttackConfig, Config, registered_learner
 from sim.hub import is_hub_id
+from sim.launch import launched
 
 MODELS = ("model", "reward_model", "classifier", "judge", "helpfulness", "fluency")
 """Fields of ``text`` that are directories of models."""
@@ -121,6 +122,11 @@ def _check_engine(config: Config) -> None:
             f"engine={config.engine!r} on the embedded world, whose models have heads of 16 "
             "numbers (vLLM has no kernel for these on a CPU; untried on a card); allowed: "
             "transformers, or a model of your own (--model)"
+        )
+    if config.engine == "vllm" and launched() > 1:
+        raise UsageError(
+            f"engine='vllm' in {launched()} processes; allowed: vllm-server, which they share, or "
+            "transformers"
         )
     if url and config.engine != "vllm-server":
         raise UsageError(f"vllm.url={url!r} with engine={config.engine!r}; allowed: vllm-server")

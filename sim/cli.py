@@ -83,18 +83,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"poisonloop {version('poisonloop')}")
         return 0
     from envs.usage import Interrupted, UsageError
+    from sim import launch
 
     if not _asks_hub(words):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything here is local
     warnings.showwarning = _show_warning
     try:
+        launch.check(words[0])
+        launch.join()
         if words[0] in ("run", "sweep", "defend", "train-classifier", "prepare-data"):
             _read_data(words)
         return _command(words[0])(words[1:]) or 0
     except UsageError as error:
         if os.environ.get("POISONLOOP_TRACEBACK"):
             raise
-        print(f"poisonloop: error: {error}", file=sys.stderr)
+        if launch.is_main():
+            print(f"poisonloop: error: {error}", file=sys.stderr)
         return 2
     except Interrupted as error:
         print(f"poisonloop: stopped: {error}", file=sys.stderr)
@@ -109,7 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _show_warning(message: Warning | str, *_where: Any, **_line: Any) -> None:
     """Say it in one line, as errors are said."""
-    print(f"poisonloop: warning: {message}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"poisonloop: warning: {message}", file=sys.stderr)
 
 
 def _command(name: str) -> Callable[[list[str]], int]:

@@ -13,12 +13,15 @@ from agents.agent import Agent
 from agents.context import Context, RoleData
 from agents.defence import DefenceStack, defences
 from agents.engines.backend import Backend, Room
+from agents.engines.shared import Shared
 from agents.engines.transformers_engine import TransformersSampler
 from agents.engines.vllm_sampler import VLLMSampler
 from agents.learners.reward_model import RewardModel, load_reward_model
 from agents.models import freeze_copy, scorer_on, trainable
 from agents.policy import Policy, load_causal_lm, load_tokenizer
+from agents.processes import count, is_main
 from agents.replay import Replay
+from agents.sharding import shard
 from envs import rng as draws
 from envs.attacks import attacks
 from envs.monitor import CostMonitor
@@ -101,7 +104,7 @@ def make_agent(config: Config, scenario: Scenario, restored: dict[str, Any] | No
         return stack
 
     stack = defended("policy", policy.model)
-    reward_model = None
+    reward = None
     if config.learner_name in ("ppo", "grpo") and owned.judge is None:
         head_seed = draws.key(config.seed, "reward head")
         if base is not None and scenario.reward_model == scenario.policy:
@@ -109,13 +112,17 @@ def make_agent(config: Config, scenario: Scenario, restored: dict[str, Any] | No
         else:
             scoring = load_reward_model(scenario.reward_model, head_seed, *place)
         reward = defended("reward_model", trained("reward_model", scoring))
-        reward_model = RewardModel(config.reward_model, reward.ctx, reward)
     policy.snapshot_reference()
+    for model in (policy.model, policy.reference, policy.base, reward and reward.ctx.model):
+        if model is not None:
+            shard(model, whole=chosen.lora_rank > 0)
     agent = Agent(
         policy=policy,
         sampler=sampler,
         learner=config.learner.build(stack.ctx, stack, owned.sampler.temperature),
-        reward_model=reward_model,
+        reward_model=None
+        if reward is None
+        else RewardModel(config.reward_model, reward.ctx, reward),
         stack=stack,
         replay=Replay(config.reward_model.window),
         responses=config.feedback.responses,
@@ -137,9 +144,12 @@ def _vllm(config: Config, scenario: Scenario, tokenizer: Any) -> VLLMSampler:
     length = scenario.table.ids.shape[1] + config.sampler.max_new_tokens + 1  # a probe asks for one
 
     def start(targets: list[str]) -> Backend:
+        if not is_main():
+            return Shared(None)
         room = Room(chosen.lora_rank, targets) if targets else None
         module = importlib.import_module(f"agents.engines.{door}")
-        return module.Engine(scenario.policy, length, chosen.dtype, config.vllm, room)
+        engine = module.Engine(scenario.policy, length, chosen.dtype, config.vllm, room)
+        return Shared(engine) if count() > 1 else engine
 
     return VLLMSampler(config.sampler, config.vllm, tokenizer, start, chosen.dtype)
 

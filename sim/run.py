@@ -15,6 +15,7 @@ import torch
 
 from agents.agent import Agent
 from agents.learners.update import Diverged
+from agents.processes import is_main, main_first, wait
 from envs.attacks.early_stopping import StopRule
 from envs.usage import UsageError
 from sim.checks import check, settled
@@ -29,6 +30,7 @@ from sim.factory import (
 )
 from sim.listener import Listener, Silent
 from sim.manifest import manifest
+from sim.onlooker import Onlooker
 from sim.record import Record
 from sim.resume import check_origin, extend
 from sim.rows import Clocks, Scored, evaluation_row, label_tables, round_row
@@ -61,14 +63,18 @@ def _run(
     check(config)
     config = settled(config)
     torch.set_num_threads(config.threads)
-    scenario = make_scenario(config)
-    begun = Record(out) if resume else None
+    with main_first():  # may build models
+        scenario = make_scenario(config)
+    kept = Record if is_main() else Onlooker
+    begun = kept(out) if resume else None
     restored = None
     if begun is not None:
         check_origin(out, config, scenario)
         held.enter_context(begun.alone())
-        restored = begun.restore()
-        extend(out, config)
+        with main_first():
+            restored = begun.restore()
+            if is_main():
+                extend(out, config)
     start, state = restored or (0, {})
     env = make_env(config, scenario)  # the outside world
     agent = make_agent(config, scenario, state.get("agent"))  # the training system
@@ -83,7 +89,7 @@ def _run(
         parts["early_stop"] = attacker
     observation, _ = env.reset(seed=config.seed)
     first = before_training(evaluate, agent) if restored is None else None
-    record = begun or Record.create(out, manifest(config, scenario))
+    record = begun or kept.create(out, manifest(config, scenario))
     if begun is None:
         held.enter_context(record.alone())
 
@@ -134,6 +140,7 @@ def _run(
             save(round)
         listener.round(row)
 
+    wait()  # until all is written that the summary is made of
     summary = summarise(config, scenario, agent, evaluate, monitor, record, diverged)
     record.finish(summary)
     listener.finish(summary)

@@ -15,6 +15,7 @@ from sim.cli import parser_of
 from sim.closing import closing, owned, prepare_line
 from sim.config import DEFAULT_ATTACK, Config
 from sim.config_file import to_yaml
+from sim.launch import is_main
 from sim.presets import PRESETS
 from sim.progress import progress, quiet_loading
 from sim.resume import resumable
@@ -54,13 +55,18 @@ def run(words: list[str]) -> int:
         return 0
     _announce(config, options)
     out = Path(chosen_out) if chosen_out else default_out(config)
+    if is_main():
+        _check_new(out)
+    return _execute(config, out, resume=False, words=words)
+
+
+def _check_new(out: Path) -> None:
     if out.exists():
         raise UsageError(
             f"out={str(out)!r} exists; allowed: a new directory, "
             f"or continue it with `poisonloop resume {shlex.quote(str(out))}`"
         )
     check_out(out)
-    return _execute(config, out, resume=False, words=words)
 
 
 def _run_help(preset: str | None, options: dict[str, list[str]]) -> int:
@@ -99,19 +105,23 @@ def default_out(config: Config) -> Path:
 
 
 def _execute(config: Config, out: Path, resume: bool, words: list[str]) -> int:
+    from agents.processes import main_first
     from sim.analysis.report import write_report
     from sim.run import run as run_loop
     from sim.scenario import make_scenario
 
     quiet_loading()
     if not config.text.model:
-        make_scenario(settled(config), progress=True)  # builds missing models, in sight
+        with main_first():
+            make_scenario(settled(config), progress=True)  # builds missing models, in sight
     try:
         with progress() as listener:
             summary = run_loop(config, out, resume=resume, listener=listener)
     except Interrupted as error:
         again = f"\ncontinue with: poisonloop resume {shlex.quote(str(out))}"
         raise Interrupted(f"{error}{again if out.is_dir() else ''}") from error
+    if not is_main():
+        return 0
     outside = any(plugins(config))
     print(closing(summary, out, write_report([out], out), words, outside))
     return 0

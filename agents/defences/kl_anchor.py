@@ -24,6 +24,7 @@ from agents.batches import Sequences
 from agents.context import Context
 from agents.defence import Defence, Report, Run, defences
 from agents.policy import TILE, response_states
+from agents.sharding import as_forward
 from envs.usage import UsageError, check_ranges
 
 DIRECTIONS = ("forward", "backward")
@@ -65,6 +66,7 @@ class KLAnchor(Defence):
         return report._replace(skipped=False)
 
 
+@as_forward
 def mean_kl(model: nn.Module, reference: nn.Module, sequences: Sequences, direction: str) -> Tensor:
     """Mean KL over response tokens between the next-token distributions of two models, in nats.
 
@@ -74,16 +76,15 @@ def mean_kl(model: nn.Module, reference: nn.Module, sequences: Sequences, direct
     states = response_states(model, sequences)[real]  # (R, d)
     with torch.no_grad():
         anchors = response_states(reference, sequences)[real]
-    head, fixed = model.get_output_embeddings(), reference.get_output_embeddings()
 
     def tile(states: Tensor, anchors: Tensor) -> Tensor:
-        policy = log_probabilities(head, states)
+        policy = log_probabilities(model, states)
         with torch.no_grad():
-            kept = log_probabilities(fixed, anchors)
+            kept = as_forward(log_probabilities)(reference, anchors)
         p, q = (kept, policy) if direction == "forward" else (policy, kept)
         return F.kl_div(q, p, reduction="sum", log_target=True)
 
-    rows = max(1, TILE // head.weight.shape[0])
+    rows = max(1, TILE // model.get_output_embeddings().weight.shape[0])
     if len(states) <= rows:
         return tile(states, anchors) / len(states)
     again = {"use_reentrant": False, "preserve_rng_state": False}
@@ -92,7 +93,7 @@ def mean_kl(model: nn.Module, reference: nn.Module, sequences: Sequences, direct
     return total / len(states)
 
 
-def log_probabilities(head: nn.Module, states: Tensor) -> Tensor:
-    """(R, V) in float32 at least."""
-    logits = head(states)
+def log_probabilities(model: nn.Module, states: Tensor) -> Tensor:
+    """(R, V) in float32 at least, from the states before the head."""
+    logits = model.get_output_embeddings()(states)
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

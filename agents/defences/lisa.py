@@ -23,6 +23,7 @@ from torch import Tensor
 
 from agents.context import Context
 from agents.defence import Defence, Report, Run, defences
+from agents.processes import like, whole
 from envs.usage import UsageError, check_ranges
 
 MODES = ("bi_state", "anchor")
@@ -101,12 +102,14 @@ class Lisa(Defence):
 
     def _pull(self, ctx: Context) -> None:
         """Add the gradient of rho/2 |w - anchor|^2."""
-        anchor = self.ends["user" if self.turn == "alignment" else "alignment"]
+        other, params = "user" if self.turn == "alignment" else "alignment", ctx.policy_params()
+        anchor = [like(p, kept) for p, kept in zip(params, self.ends[other], strict=True)]
+        self.ends[other] = anchor
         distance = 0.0
         with torch.no_grad():
-            for p, kept in zip(ctx.policy_params(), anchor, strict=True):
+            for p, kept in zip(params, anchor, strict=True):
                 gap = p - kept
-                distance += float(gap.float().square().sum())
+                distance += float(whole(gap.float().square().sum()))
                 p.grad = self.rho * gap if p.grad is None else p.grad.add_(gap, alpha=self.rho)
         ctx.log({"defence/lisa/distance": distance**0.5})
 

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from agents import processes
 from agents.context import Context
 from agents.defence import Defence, Report, Run, defences
 from envs.usage import UsageError, check_ranges
@@ -79,7 +80,8 @@ class Vaccine(Defence):
         if not slopes:  # the learner made no step
             return run()
         squares = torch.stack([slope.float().square().sum() for slope in slopes.values()])
-        scale = self.rho / (squares.sum().sqrt() + 1e-7)
+        norm = processes.total(squares.sum()).sqrt()
+        scale = self.rho / (norm + 1e-7)
 
         def perturb(call: Any, states: Tensor) -> Tensor:
             slope = slopes.get(call)
@@ -88,9 +90,10 @@ class Vaccine(Defence):
         with attention_outputs(ctx.model, perturb):
             report = run()
         vectors = sum(slope.numel() // slope.shape[-1] for slope in slopes.values())
+        vectors = int(processes.total(torch.tensor(vectors)))
         ctx.log(
             {
-                "defence/vaccine/gradient_norm": squares.sum().sqrt(),
+                "defence/vaccine/gradient_norm": norm,
                 "defence/vaccine/per_token": self.rho / vectors**0.5,
             }
         )

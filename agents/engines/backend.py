@@ -65,6 +65,8 @@ class VLLMConfig:
     """Folder that this process and the server both see, for weights; a temporary one when empty."""
     tensor_parallel: int = 1
     """Cards that share one model."""
+    sleep: bool = True
+    """Leave an in-process engine's memory on the card to the trainer while it learns."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -128,6 +130,12 @@ class Backend(Protocol):
 
     def load_adapter(self, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
         """Answer through this adapter, given as peft's files hold one, from now on."""
+
+    def sleep(self) -> None:
+        """Leave the card to the trainer until :meth:`wake`: weights wait outside, caches go."""
+
+    def wake(self) -> None:
+        """Be as before :meth:`sleep`."""
 
     def close(self) -> None:
         """Give back the memory; may be called twice."""

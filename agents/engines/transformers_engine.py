@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from agents import processes
 from agents.batches import Sequences, distinct_prompts
 from agents.models import device_of
+from agents.sharding import put_together
 from envs.usage import check_ranges
 
 
@@ -48,6 +50,9 @@ class Sampled(NamedTuple):
 
 SHRINK = 0.75
 """Ended rows leave the batch when no more than this share goes on: leaving copies the cache."""
+
+
+NOT_FINITE = "sampling: non-finite logits"
 
 
 class RoomyLayer(DynamicLayer):
@@ -104,7 +109,7 @@ def draw(probabilities: Tensor, u: Tensor) -> Tensor:
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     whole = cumulative[:, -1:]
     if not torch.isfinite(whole).all():
-        raise FloatingPointError("sampling: non-finite logits")
+        raise FloatingPointError(NOT_FINITE)
     token = torch.searchsorted(cumulative, u * whole, right=True)
     return token.clamp(max=probabilities.shape[-1] - 1)
 
@@ -123,6 +128,8 @@ def sample_tokens(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw ``k`` responses to each of n left-padded prompts.
 
+    The responses are divided between the processes of the run; all get all of them.
+
     Returns:
         ids (n*k, T) int64 padded after EOS, mask (n*k, T) int64 through EOS, logprobs (n*k, T)
             float32.
@@ -131,11 +138,14 @@ def sample_tokens(
         FloatingPointError: the model gave no usable distribution (non-finite logits).
     """
     n, device = len(prompt_ids) * k, prompt_ids.device
-    ids = torch.full((n, max_new_tokens), pad_id, dtype=torch.int64, device=device)
+    ids = torch.zeros((n, max_new_tokens), dtype=torch.int64, device=device)
     mask = torch.zeros((n, max_new_tokens), dtype=torch.int64, device=device)
     logprobs = torch.zeros((n, max_new_tokens), device=device)
+    row, counts = processes.share(torch.arange(n, device=device))  # which of the n each row is
+    first, last = int(row[0]) // k, int(row[-1]) // k
+    prompt_ids, prompt_mask = prompt_ids[first : last + 1], prompt_mask[first : last + 1]
     distinct, owner = distinct_prompts(prompt_ids, prompt_mask)
-    owner = owner.repeat_interleave(k)
+    owner = owner.repeat_interleave(k)[row - first * k]
     attention = prompt_mask[distinct]
     position = (attention.cumsum(1) - 1).clamp(min=0)
     cache = new_cache(model, max_new_tokens)
@@ -149,14 +159,17 @@ def sample_tokens(
     ).logits[owner, -1]
     cache.batch_select_indices(owner)
     attention, position = attention[owner], position[owner, -1:]
-    row = torch.arange(n, device=device)  # which of the n each row of the batch is
-    alive = torch.ones(n, dtype=torch.bool, device=device)
+    alive = torch.ones(len(row), dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
         probabilities = (logits.float() / temperature).softmax(-1)
         u = torch.rand((n, 1), generator=generator, dtype=torch.float64).to(device)[row]
-        token = draw(probabilities, u)
+        try:
+            token = draw(probabilities, u)
+        except FloatingPointError:
+            t = max_new_tokens  # more steps than there are tell the other processes
+            break
         said = probabilities.gather(1, token)[:, 0].log()
-        ids[row, t] = token[:, 0].masked_fill(~alive, pad_id)
+        ids[row, t] = token[:, 0].masked_fill(~alive, 0)
         logprobs[row, t] = said.masked_fill(~alive, 0.0)
         mask[row, t] = alive.long()
         alive &= token[:, 0] != eos_id
@@ -177,7 +190,14 @@ def sample_tokens(
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]
-    return ids, mask, logprobs
+    steps = processes.largest(t + 1)
+    if steps > max_new_tokens:
+        raise FloatingPointError(NOT_FINITE)
+    for _ in range(t + 1, steps):  # the next draws are the same everywhere
+        torch.rand((n, 1), generator=generator, dtype=torch.float64)
+    columns = (ids, mask, logprobs) if counts else map(torch.zeros_like, (ids, mask, logprobs))
+    ids, mask, logprobs = map(processes.total, columns)
+    return ids.masked_fill(mask == 0, pad_id), mask, logprobs
 
 
 class TransformersSampler:
@@ -207,6 +227,9 @@ class TransformersSampler:
         """Nothing to tell."""
         return {}
 
+    def rest(self) -> None:
+        """Nothing to leave: the model is the trainer's."""
+
     def close(self) -> None:
         """Nothing to stop."""
 
@@ -221,20 +244,21 @@ class TransformersSampler:
         prompt_ids, prompt_mask = (x.to(device_of(model)) for x in (prompt_ids, prompt_mask))
         generator = torch.Generator().manual_seed(seed)
         step = max(1, self.config.batch // k)
-        parts = [
-            sample_tokens(
-                model,
-                prompt_ids[start : start + step],
-                prompt_mask[start : start + step],
-                self.config.max_new_tokens,
-                self.eos_id,
-                self.pad_id,
-                generator,
-                self.config.temperature,
-                k,
-            )
-            for start in range(0, len(prompt_ids), step)
-        ]
+        with put_together(model):
+            parts = [
+                sample_tokens(
+                    model,
+                    prompt_ids[start : start + step],
+                    prompt_mask[start : start + step],
+                    self.config.max_new_tokens,
+                    self.eos_id,
+                    self.pad_id,
+                    generator,
+                    self.config.temperature,
+                    k,
+                )
+                for start in range(0, len(prompt_ids), step)
+            ]
         ids, mask, logprobs = (torch.cat(column) for column in zip(*parts, strict=True))
         prompts = (prompt_ids.repeat_interleave(k, 0), prompt_mask.repeat_interleave(k, 0))
         return Sampled(Sequences(*prompts, ids, mask).to(here), logprobs.to(here))

@@ -60,22 +60,12 @@ class Engine:
         shape = AutoConfig.from_pretrained(model)
         os.environ.update({name: os.environ.get(name, HERE[name]) for name in HERE})
         arguments = engine_arguments(dtype, length, config, shape, room)
+        arguments["enable_sleep_mode"] = config.sleep and torch.cuda.is_available()
         threads, set_threads = torch.get_num_threads(), torch.set_num_threads
         try:
             # vLLM seeds the global generators, and warns of its own ways.
             with torch.random.fork_rng(), warnings.catch_warnings(action="ignore"):
-                from vllm import LLM
-
-                self.llm: Any = LLM(
-                    model=str(model),
-                    skip_tokenizer_init=True,
-                    disable_log_stats=True,
-                    load_format="dummy",
-                    hf_overrides=UNTIED,
-                    **arguments,
-                )
-        except (Exception, SystemExit) as error:
-            raise EngineFailed(f"vllm: start failed: {type(error).__name__}: {error}") from error
+                self.llm: Any = within(self.patience, "start", lambda: _start(model, arguments))
         finally:
             torch.set_num_threads = set_threads  # vLLM puts a warning in its place
             torch.set_num_threads(threads)
@@ -143,8 +133,29 @@ class Engine:
         shutil.rmtree(folder)
         self._adapter, self._number = new, number
 
+    def sleep(self) -> None:
+        """Weights wait in the machine's memory, caches go; on a CPU there is nothing to leave."""
+        within(self.patience, "sleep", lambda: self.llm.sleep(level=1))
+
+    def wake(self) -> None:
+        """Weights come back."""
+        within(self.patience, "wake", self.llm.wake_up)
+
     def close(self) -> None:
         """Give back the memory."""
         self._adapters.cleanup()
         self.llm = None
         gc.collect()
+
+
+def _start(model: Path, arguments: dict[str, Any]) -> Any:
+    from vllm import LLM
+
+    return LLM(
+        model=str(model),
+        skip_tokenizer_init=True,
+        disable_log_stats=True,
+        load_format="dummy",
+        hf_overrides=UNTIED,
+        **arguments,
+    )

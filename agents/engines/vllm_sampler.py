@@ -46,7 +46,7 @@ class Link:
     def __init__(self, start: Callable[[list[str]], Backend], tolerance: float):
         self.metrics: dict[str, float] = {}
         self.holds: tuple[int, str] | None = None  # version and phase of its weights
-        self._started = self._has_base = False
+        self._started = self._has_base = self._asleep = False
         self._start, self._tolerance = start, tolerance
 
     def load(self, model: nn.Module, version: int, phase: str) -> None:
@@ -55,6 +55,9 @@ class Link:
             self.backend = self._start(trained_targets(model))
             self.probe = Probe(self.backend, self._tolerance)
             self._started = True
+        if self._asleep:
+            self.backend.wake()
+            self._asleep = False
         if self.holds == (version, phase):
             return
         self._send(model)
@@ -85,10 +88,16 @@ class Link:
         what = f"the sync of version {version}" + (f" for {phase}" if phase else "")
         self.metrics.update(self.probe.check(model, what))
 
+    def rest(self) -> None:
+        """Leave the card to the trainer until the next :meth:`load`."""
+        if self._started and not self._asleep:
+            self.backend.sleep()
+            self._asleep = True
+
     def close(self) -> None:
         """Stop the engine; the next use starts another."""
         if self._started:
-            self._started = self._has_base = False
+            self._started = self._has_base = self._asleep = False
             self.holds = None
             self.backend.close()
 
@@ -119,6 +128,7 @@ class VLLMSampler:
         self.correction = engine.correction
         self.eos_id = tokenizer.eos_token_id
         self.pad_id = tokenizer.pad_token_id
+        self._sleeps = engine.sleep
         self.link = Link(start, engine.tolerance or TOLERANCES[dtype])
         self.metrics = self.link.metrics
 
@@ -173,6 +183,11 @@ class VLLMSampler:
         found = dict(self.metrics)
         self.metrics.clear()  # shared with the sampler at another temperature
         return found
+
+    def rest(self) -> None:
+        """Leave the card to the trainer until the next :meth:`load`."""
+        if self._sleeps:
+            self.link.rest()
 
     def close(self) -> None:
         """Stop the engine."""

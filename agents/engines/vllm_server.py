@@ -54,6 +54,8 @@ CONNECTIONS = 32
 """Requests under way at once; the server batches them."""
 NAME = "policy"
 """What the model is called over HTTP."""
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Environment of processes that were launched together."""
 OURS = {
     **SETTINGS,
     "VLLM_SERVER_DEV_MODE": "1",  # the door through which weights are replaced
@@ -104,7 +106,7 @@ class Engine:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, **OURS, "VLLM_API_KEY": self._key},
+                env={**_own_environment(), **OURS, "VLLM_API_KEY": self._key},
                 start_new_session=True,
                 preexec_fn=_end_with_parent,
             )
@@ -214,6 +216,12 @@ class Engine:
             shutil.rmtree(self._folder / self._name)
             self._name = NAME
 
+    def sleep(self) -> None:
+        """Nothing: a server has cards of its own."""
+
+    def wake(self) -> None:
+        """Nothing: it never sleeps."""
+
     def close(self) -> None:
         """Stop a server of our own and remove the folder."""
         if self.process is not None:
@@ -242,6 +250,11 @@ def flags(arguments: Mapping[str, Any]) -> list[str]:
         else:
             words += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
     return words
+
+
+def _own_environment() -> dict[str, str]:
+    """This process's, but for what says that it is one of several: the server is not."""
+    return {name: value for name, value in os.environ.items() if name not in LAUNCHED}
 
 
 def _free_port() -> int:

@@ -22,6 +22,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from agents import processes
+from agents.adapters import has_trained_adapter
 from agents.batches import ItemTerms, RolloutBatch
 from agents.context import Context
 from agents.defence import DefenceStack, Report
@@ -37,6 +39,7 @@ from agents.learners.update import (
 )
 from agents.models import device_of
 from agents.policy import response_states, response_terms
+from agents.sharding import shard
 from envs.usage import check_ranges
 
 
@@ -142,7 +145,8 @@ class PPO(Learner):
             config = self.ctx.model.config.get_text_config()
             head = nn.utils.skip_init(nn.Linear, config.hidden_size, 1)
             nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
-            self.heads[channel] = head.to(device_of(self.ctx.model))
+            head = head.to(device_of(self.ctx.model))
+            self.heads[channel] = shard(head, whole=has_trained_adapter(self.ctx.model))
             group = {"params": list(head.parameters()), "lr": self.config.value_lr}
             self.ctx.optimizer.add_param_group(group)
         return self.heads[channel]
@@ -186,12 +190,13 @@ class PPO(Learner):
 
     def _values(self, batch: RolloutBatch) -> dict[str, Tensor]:
         heads = {channel: self._head(channel) for channel in batch.rewards}
-        parts: dict[str, list[Tensor]] = {channel: [] for channel in heads}
-        for rows in torch.arange(len(batch.group)).split(self.config.micro_batch):
-            hidden = response_states(self.ctx.model, batch.sequences.take(rows))
-            for channel, head in heads.items():
-                parts[channel].append(head(hidden.float())[..., 0])
-        return {channel: torch.cat(values) for channel, values in parts.items()}
+
+        def values(rows: Tensor) -> Tensor:
+            hidden = response_states(self.ctx.model, batch.sequences.take(rows)).float()
+            return torch.cat([head(hidden) for head in heads.values()], -1)
+
+        found = processes.by_rows(values, len(batch.group), self.config.micro_batch)
+        return dict(zip(heads, found.unbind(-1), strict=True))
 
     def run(self, batch: RolloutBatch) -> Report:
         """Loss and gradient of one step."""
@@ -211,7 +216,8 @@ class PPO(Learner):
         ratio = (terms.logp - batch.logp_old).exp()
         clipped = ratio.clamp(1 - self.config.clip, 1 + self.config.clip)
         loss = torch.max(-advantage * ratio, -advantage * clipped) * mask
-        mean_ratio = (ratio.detach() * mask).sum() / mask.sum().clamp(min=1)
+        ratios = processes.total((ratio.detach() * mask).sum())
+        mean_ratio = ratios / processes.total(mask.sum()).clamp(min=1)
         loss = torch.where(mean_ratio > self.config.ratio_limit, 0.0, loss)
         extra = {
             "logp": terms.logp,
@@ -242,7 +248,7 @@ class PPO(Learner):
         self.kl = float(state["kl"])
         for channel in state["channels"]:
             self._head(channel)
-        self.heads.load_state_dict(state["heads"])
+        self.heads.load_state_dict(processes.like_all(self.heads.state_dict(), state["heads"]))
 
 
 def value_loss(value: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:

@@ -33,6 +33,7 @@ from agents.learners.update import (
 )
 from agents.models import device_of
 from agents.policy import sequence_rewards
+from agents.processes import by_rows
 from agents.replay import Replay
 from envs import rng as draws
 from envs.usage import check_ranges
@@ -92,11 +93,11 @@ def scores(model: nn.Module, sequences: Sequences, batch: int = 256) -> Tensor:
     The rows go to the model's device; what is found of them comes back to theirs.
     """
     here, there = sequences.ids.device, device_of(model)
-    parts = [
-        sequence_rewards(model, sequences.take(rows).to(there)).to(here)
-        for rows in torch.arange(len(sequences)).split(batch)
-    ]
-    return torch.cat(parts)
+
+    def rewards(rows: Tensor) -> Tensor:
+        return sequence_rewards(model, sequences.take(rows).to(there)).to(here)
+
+    return by_rows(rewards, len(sequences), batch)
 
 
 class RewardModel:

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agents.batches import Batch, ItemTerms, take
+from agents import processes
+from agents.batches import Batch, ItemTerms, PairBatch, distinct_prompts, take
 from agents.context import Context
 from agents.defence import DefenceStack, Report, Run
+from agents.sharding import parts_add_up
 from envs import rng as draws
 from envs.usage import check_ranges
 
@@ -115,7 +117,7 @@ def update_step(
     with stack.phase("update"):
         ctx.optimizer.zero_grad(set_to_none=True)
         report = stack.backward(run)
-        norm = float(nn.utils.clip_grad_norm_(params, max_grad_norm))
+        norm = float(processes.whole(nn.utils.clip_grad_norm_(params, max_grad_norm)))
         if not all(map(math.isfinite, (norm, *report.losses.values()))):
             raise Diverged(f"{ctx.learner}: loss {report.losses}, gradient norm {norm}")
         if not report.skipped:
@@ -141,21 +143,29 @@ def accumulate(
 ) -> Report:
     """Forward and backward over micro-batches; the body of most learners' ``run``.
 
+    The rows of a micro-batch are divided between the processes of the run.
+
     Args:
         terms: differentiable item terms of one micro-batch, normalised by the whole step.
         losses: a further loss of the learner's own (a value loss), added to
             ``batch.reduce(terms)``.
     """
     total = 0.0
-    for rows in torch.arange(n).split(micro_batch):
-        part = take(batch, rows) if n > micro_batch else batch
-        item_terms = terms(part)
-        loss = batch.reduce(item_terms)
-        if losses is not None:
-            loss = loss + losses(part, item_terms)
-        loss.backward()
-        total += float(loss.detach())
-    return Report({"loss": total})
+    asked = batch.a if isinstance(batch, PairBatch) else batch.sequences
+    _, owner = distinct_prompts(asked.prompt_ids, asked.prompt_mask)
+    with parts_add_up():
+        for rows in torch.arange(n).split(micro_batch):
+            mine, counts = processes.share(rows, owner[rows])
+            part = take(batch, mine) if len(mine) < n else batch
+            item_terms = terms(part)
+            loss = batch.reduce(item_terms)
+            if losses is not None:
+                loss = loss + losses(part, item_terms)
+            if not counts:
+                loss = 0 * loss
+            loss.backward()
+            total += float(loss.detach())
+    return Report({"loss": float(processes.total(torch.tensor(total, dtype=torch.float64)))})
 
 
 class Means:

@@ -84,6 +84,8 @@ try:
     engine.load_weights(adapters.plain_weights(model))
     found["merged"] = gap(texts[0], engine.score(texts[:1])[0])
     engine.load_weights(base)
+    engine.sleep()
+    engine.wake()
     found["bare again"] = engine.score(texts[:1])[0].tolist() == bare
 finally:
     engine.close()
@@ -218,3 +220,18 @@ def test_a_server_that_dies_stops_a_run_that_can_go_on(model, tmp_path):
     rows = rows_of(out)
     assert [row["round"] for row in rows] == [0, 1, 2, 3]
     assert rows[: len(begun)] == begun
+
+
+def test_two_processes_share_a_server(model, tmp_path):
+    """Weights that are divided reach it whole; both processes go on with its answers."""
+    script = [Path(sys.executable).with_name("accelerate"), "launch", "--use_fsdp"]
+    script += "--fsdp_version 2 --num_processes 2 --num_machines 1 --mixed_precision no".split()
+    for name, further in (("whole", ()), ("adapters", ("--model.lora-rank", "4"))):
+        out = tmp_path / name
+        words = [*RUN.format(learner="grpo").split(), "--model", model, "--out", out, *further]
+        words += ["--data", model.parent / "rows.jsonl", "--engine", "vllm-server"]
+        python(*script, "--dynamo_backend", "no", *words)
+        rows = rows_of(out)
+        assert [row["round"] for row in rows] == [0, 1, 2, 3]
+        assert rows[-1]["sync/moved"] == pytest.approx(1, abs=0.01)
+        assert max(row["sampler/gap"] for row in rows[1:]) < 1e-4

@@ -38,8 +38,10 @@ class CopyBackend:
         self.deaf = False
         self.loads, self.adapters = 0, []
         self.closed = 0
+        self.said = []
 
     def generate(self, request):
+        self.said.append("generate")
         config = SamplerConfig(request.max_new_tokens, request.temperature)
         sampler = TransformersSampler(config, self.tiny.tokenizer())
         answers = []
@@ -70,6 +72,12 @@ class CopyBackend:
 
     def load_adapter(self, tensors, settings):
         self.adapters.append({name: value.clone() for name, value in tensors.items()})
+
+    def sleep(self):
+        self.said.append("sleep")
+
+    def wake(self):
+        self.said.append("wake")
 
     def close(self):
         self.closed += 1
@@ -115,6 +123,21 @@ def test_weights_are_sent_once_a_version_and_phase(tiny):
     sampler.close()
     sampler.close()
     assert backend.closed == 1
+
+
+@pytest.mark.parametrize("learner", ["sft", "grpo"])
+def test_the_engine_sleeps_while_the_learner_learns(tiny, learner):
+    agent, backend = tiny.agent(learner), CopyBackend(tiny)
+    agent.sampler = agent.rollout_sampler = make(tiny, backend)
+    learn = agent.learner.learn
+    agent.learner.learn = lambda *batch: (backend.said.append("learn"), learn(*batch))[1]
+    tiny.rounds(agent, 0, 2)
+    said = [word for word in backend.said if word != "score"]
+    assert said == ["generate", "sleep", "learn", "wake", "generate", "sleep", "learn"]
+    agent.close()
+    agent.sampler = agent.rollout_sampler = make(tiny, backend, sleep=False)
+    tiny.rounds(agent, 2, 4)
+    assert backend.said[len(said) :] == ["generate", "learn", "generate", "learn"]
 
 
 def test_of_a_policy_with_an_adapter_the_adapter_alone_is_sent(tiny):
