@@ -24,7 +24,6 @@ from agents.engines.backend import (
     SETTINGS,
     UNTIED,
     Completion,
-    EngineFailed,
     Request,
     Room,
     VLLMConfig,

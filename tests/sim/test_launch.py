@@ -29,7 +29,7 @@ SMALL = (
 """Odd sizes, so that no batch divides evenly."""
 LISTS = {
     "sft": ("token_constraint", "security_vectors(steps=2)"),
-    "dpo": ("kl_anchor", "lisa(user_steps=1)", "booster"),
+    "dpo": ("booster(steps=2)", "kl_anchor", "lisa(user_steps=1)"),
     "ppo": ("safe_rlhf", "refusal_loss", "vaccine(rho=5)"),
     "grpo": ("circuit_breakers(steps=2)", "safety_bottleneck", "gradient_penalty"),
 }
