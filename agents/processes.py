@@ -95,9 +95,9 @@ def share(rows: Tensor, owner: Tensor | None = None) -> tuple[Tensor, bool]:
     the same passes through a model whose weights are divided.
 
     Args:
-        rows: are divided as they stand, neighbours together, or
-        owner: (n,) 0 .. U - 1, which prompt a row is about. Rows of one prompt then stay together:
-            a pass reads it once for all of them.
+        rows: divided as they stand, neighbours together, unless there is an
+        owner: (n,) from 0 on, which prompt a row is about. Rows of one prompt then stay together: a
+            pass reads it once for all of them.
     """
     if count() == 1:
         return rows, True

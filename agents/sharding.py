@@ -129,9 +129,7 @@ def parts_add_up() -> Iterator[None]:
 @contextmanager
 def put_together(model: nn.Module) -> Iterator[None]:
     """A block with every weight of ``model`` at hand: sampling asks for them at each token."""
-    from torch.distributed.fsdp import FSDPModule
-
-    units = [m for m in model.modules() if isinstance(m, FSDPModule)] if _units else []
+    units: list[Any] = [module for module in model.modules() if module in _units]
     try:
         for unit in units:
             unit.set_reshard_after_forward(False, recurse=False)

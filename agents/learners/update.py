@@ -151,8 +151,7 @@ def accumulate(
             ``batch.reduce(terms)``.
     """
     total = 0.0
-    asked = batch.a if isinstance(batch, PairBatch) else batch.sequences
-    _, owner = distinct_prompts(asked.prompt_ids, asked.prompt_mask)
+    owner = _prompts(batch) if processes.count() > 1 else torch.arange(n)
     with parts_add_up():
         for rows in torch.arange(n).split(micro_batch):
             mine, counts = processes.share(rows, owner[rows])
@@ -166,6 +165,12 @@ def accumulate(
             loss.backward()
             total += float(loss.detach())
     return Report({"loss": float(processes.total(torch.tensor(total, dtype=torch.float64)))})
+
+
+def _prompts(batch: Any) -> Tensor:
+    """(n,) which prompt each item is about, on the CPU."""
+    asked = batch.a if isinstance(batch, PairBatch) else batch.sequences
+    return distinct_prompts(asked.prompt_ids, asked.prompt_mask)[1].cpu()
 
 
 class Means:
