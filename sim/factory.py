@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -103,8 +104,11 @@ def make_agent(config: Config, scenario: Scenario, restored: dict[str, Any] | No
             stack.load_state_dict(restored["defences"][name])
         return stack
 
+    divide = partial(shard, whole=chosen.lora_rank > 0)
     stack = defended("policy", policy.model)
-    reward = None
+    policy.snapshot_reference()
+    divide(policy.model), divide(policy.reference)
+    reward_model = None
     if config.learner_name in ("ppo", "grpo") and owned.judge is None:
         head_seed = draws.key(config.seed, "reward head")
         if base is not None and scenario.reward_model == scenario.policy:
@@ -112,17 +116,15 @@ def make_agent(config: Config, scenario: Scenario, restored: dict[str, Any] | No
         else:
             scoring = load_reward_model(scenario.reward_model, head_seed, *place)
         reward = defended("reward_model", trained("reward_model", scoring))
-    policy.snapshot_reference()
-    for model in (policy.model, policy.reference, policy.base, reward and reward.ctx.model):
-        if model is not None:
-            shard(model, whole=chosen.lora_rank > 0)
+        divide(reward.ctx.model)
+        reward_model = RewardModel(config.reward_model, reward.ctx, reward)
+    if base is not None:
+        divide(base)
     agent = Agent(
         policy=policy,
         sampler=sampler,
         learner=config.learner.build(stack.ctx, stack, owned.sampler.temperature),
-        reward_model=None
-        if reward is None
-        else RewardModel(config.reward_model, reward.ctx, reward),
+        reward_model=reward_model,
         stack=stack,
         replay=Replay(config.reward_model.window),
         responses=config.feedback.responses,
