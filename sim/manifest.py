@@ -43,6 +43,17 @@ def versions() -> dict[str, str | None]:
     return {name: _version(name) for name in _PACKAGES}
 
 
+def code_of(manifest: dict[str, Any]) -> str | None:
+    """The version that wrote ``manifest``, with its commit where it ran from a checkout."""
+    git, version = manifest.get("git"), manifest.get("versions", {}).get("poisonloop")
+    return f"{version} at {git['commit'][:9]}" if git else version
+
+
+def code_now() -> str | None:
+    """:func:`code_of` a run that would begin now."""
+    return code_of({"git": _git_state(), "versions": versions()})
+
+
 def plugin_hashes(config: Config) -> dict[str, str]:
     """BLAKE2 of every file that ``config`` names as code, by its spec."""
     files = {spec: Path(spec.split(":", 1)[0]) for spec in plugins(config)}

@@ -8,10 +8,12 @@ once, in the middle of a round if need be, so that the next sweep finds nobody i
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
 import threading
+import time
 import traceback
 import warnings
 from collections import deque
@@ -21,8 +23,14 @@ from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sim.lease import LEASES, Lease
 from sim.listener import Listener
 from sim.sweep_progress import SweepListener
+from sim.sweep_status import error_file
+
+ELSEWHERE = "another sweep is at work on it"
+AGAIN = 2.0
+"""Seconds until a run that another sweep is at work on is asked for again."""
 
 
 class Job(NamedTuple):
@@ -60,20 +68,24 @@ def work_off(
 ) -> dict[Path, str]:
     """Do every job, ``processes`` (one per core when None) at a time; failures by path."""
     failures: dict[Path, str] = {}
-    waiting = deque(jobs)
+    waiting, elsewhere = deque(jobs), deque[tuple[float, Job]]()
     workers = [Worker() for _ in range(min(processes or os.cpu_count() or 1, len(jobs)))]
     try:
         while True:
+            while elsewhere and elsewhere[0][0] <= time.monotonic():
+                waiting.append(elsewhere.popleft()[1])
             for worker in workers:
                 if worker.job is None and waiting:
                     worker.give(waiting.popleft())
             busy = [worker for worker in workers if worker.job]
-            if not busy:
+            if not busy and not elsewhere:
                 return failures
-            ready = wait_for([worker.pipe for worker in busy])
+            ready = wait_for([worker.pipe for worker in busy], AGAIN if elsewhere else None)
             for worker in (w for w in busy if w.pipe in ready):
                 job, failure = worker.job, _hear(worker, listener)
-                if failure and job:
+                if failure == ELSEWHERE and job:
+                    elsewhere.append((time.monotonic() + AGAIN, job))
+                elif failure and job:
                     failures[job.path] = failure
                     listener.failed(job.path, failure)
                 if not worker.process.is_alive():
@@ -104,14 +116,25 @@ def _hear(worker: Worker, listener: SweepListener) -> str | None:
     return content
 
 
-class _Relay(Listener):
-    """Sends a run's rounds through the pipe."""
+class _LeaseLost(Exception):
+    """This process was taken for dead, and another goes on with its run."""
 
-    def __init__(self, pipe: Connection):
+
+class _Relay(Listener):
+    """Sends a run's rounds through the pipe, as long as the run is this process's."""
+
+    def __init__(self, pipe: Connection, lease: Lease):
         self.pipe = pipe
+        self.lease = lease
 
     def round(self, row: dict[str, Any]) -> None:
-        """Pass the row on."""
+        """Pass the row on.
+
+        Raises:
+            _LeaseLost: the lease is another's.
+        """
+        if not self.lease.held():
+            raise _LeaseLost
         self.pipe.send(("round", row))
 
 
@@ -122,7 +145,7 @@ def serve(pipe: Connection) -> None:
     warnings.simplefilter("ignore", UserWarning)  # the parent has said what is unusual
     try:
         while True:
-            pipe.send(_do(pipe.recv(), _Relay(pipe)))
+            pipe.send(_claimed(pipe.recv(), pipe))
     except (EOFError, BrokenPipeError):
         return
 
@@ -135,24 +158,39 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def _claimed(job: Job, pipe: Connection) -> tuple[str, Any]:
+    """:func:`_do`, unless another process is at it."""
+    lease = Lease.claim(job.path.parent / LEASES, job.path.name)
+    if lease is None:
+        return "failed", ELSEWHERE
+    with lease.beating():
+        try:
+            return _do(job, _Relay(pipe, lease))
+        except _LeaseLost:
+            return "failed", ELSEWHERE
+
+
 def _do(job: Job, relay: Listener) -> tuple[str, Any]:
     """Run or resume one job; a failure is told in a line, and in full beside the directory."""
     from sim.config import from_dict
     from sim.progress import quiet_loading
+    from sim.resume import is_finished
     from sim.run import run
 
     quiet_loading()
-    error_file = job.path.with_name(f"{job.path.name}.error.txt")
+    told = error_file(job.path)
     try:
         config = from_dict(job.config)
+        if is_finished(job.path, config):
+            return "done", json.loads((job.path / "summary.json").read_text())
         resume = (job.path / "manifest.json").is_file()
         if not resume and job.path.is_dir() and not any(job.path.iterdir()):
             job.path.rmdir()  # killed between making the directory and writing to it
         summary = run(config, job.path, resume=resume, listener=relay)
-    except BrokenPipeError:
+    except (BrokenPipeError, _LeaseLost):
         raise
     except Exception as error:
-        error_file.write_text(traceback.format_exc())
-        return "failed", f"{type(error).__name__}: {error} (see {error_file})"
-    error_file.unlink(missing_ok=True)
+        told.write_text(traceback.format_exc())
+        return "failed", f"{type(error).__name__}: {error} (see {told})"
+    told.unlink(missing_ok=True)
     return "done", summary

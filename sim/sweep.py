@@ -6,12 +6,15 @@ differs from another by what was asked for and by nothing else.
 
 A run's directory is named by its own configuration alone. Runs that have finished are skipped and
 half-finished ones resumed, so a sweep is continued, or widened, by typing it again; the table then
-covers all that the folder holds. A run that fails is recorded and tried again next time.
+covers all that the folder holds. A run that fails is recorded and tried again next time. Several
+sweeps may share a folder, on hosts that see it alike: a run is one sweep's alone (``sim.lease``).
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,10 +26,13 @@ from envs.usage import UsageError
 from sim.analysis.arm_names import SEEDS, identity
 from sim.checks import check, settled
 from sim.config import Config
+from sim.manifest import code_now, code_of
 from sim.pool import Job, work_off
 from sim.resume import is_finished, saved_config
 from sim.sweep_progress import SweepListener
 
+RETRIED = ".retried"
+"""Folder of runs that were set aside to be run again."""
 LONGEST = 80
 """Characters of a directory's name before its hash, since specs may be of any length."""
 
@@ -44,6 +50,7 @@ def sweep(
     out: Path | str = "runs/sweep",
     jobs: int | None = None,
     listener: SweepListener | None = None,
+    any_code: bool = False,
 ) -> dict[str, Any]:
     """Run every config and tabulate the arms, which are named by what differs between them.
 
@@ -52,15 +59,14 @@ def sweep(
         out: folder of the run directories; earlier runs in it are tabulated too.
         jobs: processes at once; one per core when absent.
         listener: hears of every round of every run.
+        any_code: go on with runs that other code has begun or ended.
 
     Returns:
         ``{"arms": [...], "runs": [...]}``, also written as ``table.json`` and ``table.csv``.
 
     Raises:
-        ValueError: no runs, a bad config, or a directory that holds another run or is in use.
+        ValueError: no runs, a bad config, or a directory that holds another run or other code's.
     """
-    from filelock import FileLock, Timeout
-
     from sim.scenario import make_scenario
     from sim.sweep_table import tabulate, write_table
 
@@ -71,21 +77,19 @@ def sweep(
     for cell in cells:
         check(cell.config)
         _refuse_another_run(cell)
+        if not any_code:
+            _refuse_other_code(cell)
     for config in {repr((c.config.world, c.config.text)): c.config for c in cells}.values():
         bare = replace(config, defences=())
         make_scenario(bare, progress=True)  # builds missing models once, before the pool starts
     out.mkdir(parents=True, exist_ok=True)
     listener = listener or SweepListener()
-    try:
-        with FileLock(out / ".lock", timeout=0):
-            todo = [cell for cell in cells if not is_finished(cell.path, cell.config)]
-            todo.sort(key=lambda cell: cell.config.seed)  # cut short, every arm has its first seeds
-            listener.begin({c.path: c.config.rounds for c in todo}, len(cells) - len(todo))
-            failures = work_off([Job(c.path, c.config.to_dict()) for c in todo], jobs, listener)
-            table = tabulate(out, cells, failures)
-            write_table(table, out)
-    except Timeout:
-        raise UsageError(f"out={str(out)!r} is in use by another sweep; allowed: wait") from None
+    todo = [cell for cell in cells if not is_finished(cell.path, cell.config)]
+    todo.sort(key=lambda cell: cell.config.seed)  # cut short, every arm has its first seeds
+    listener.begin({c.path: c.config.rounds for c in todo}, len(cells) - len(todo))
+    failures = work_off([Job(c.path, c.config.to_dict()) for c in todo], jobs, listener)
+    table = tabulate(out, cells, failures)
+    write_table(table, out)
     return table
 
 
@@ -135,3 +139,29 @@ def _refuse_another_run(cell: Cell) -> None:
         raise UsageError(
             f"rounds={cell.config.rounds}; allowed: >= {saved.rounds}, as {str(cell.path)!r} has"
         )
+
+
+def _refuse_other_code(cell: Cell) -> None:
+    file = cell.path / "manifest.json"
+    if not file.is_file():
+        return
+    began, now = code_of(json.loads(file.read_text())), code_now()
+    if began not in (None, now):
+        raise UsageError(
+            f"out: {str(cell.path)!r} was run by poisonloop {began}, this is {now}, and their runs "
+            "may differ; allowed: another --out, or --any-code (every manifest says which)"
+        )
+
+
+def set_aside(cells: Sequence[Cell], outcome: str) -> list[Path]:
+    """Move runs with this outcome out of the way, into ``.retried``, so that they run again."""
+    moved = []
+    for cell in cells:
+        file = cell.path / "summary.json"
+        if not file.is_file() or json.loads(file.read_text())["outcome"] != outcome:
+            continue
+        kept = cell.path.parent / RETRIED
+        kept.mkdir(exist_ok=True)
+        times = len(list(kept.glob(f"{glob.escape(cell.path.name)}.*"))) + 1
+        moved.append(cell.path.rename(kept / f"{cell.path.name}.{times}"))
+    return moved

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from envs.monitor import OUTCOMES
 from envs.usage import UsageError
 from sim import flags
 from sim.analysis.arm_names import arm_names
@@ -17,8 +18,9 @@ from sim.checks import check_out
 from sim.config import Config
 from sim.presets import PRESETS
 from sim.studies import STUDIES
-from sim.sweep import plan, sweep
+from sim.sweep import plan, set_aside, sweep
 from sim.sweep_progress import sweep_progress
+from sim.sweep_status import print_status, standing
 from sim.sweep_table import print_table
 
 USAGE = """\
@@ -38,6 +40,12 @@ not run again, and table and report cover all of them.
   --config FILE    YAML or JSON, read before the flags
   --defence a+b    a stack within one arm; `none` is no defence
   --study NAME     a named set of arms instead of combinations: {studies}
+  --status         only say how far every run is, and how long the rest may take
+  --dry-run        only list the runs
+  --retry diverged set runs with this outcome aside (into DIR/.retried) and run them again
+  --any-code       go on with runs that another version or commit of poisonloop began
+
+Several sweeps, on one host or on many that see DIR, work off one set of runs: none is shared.
 
 presets: {presets}
 """
@@ -56,6 +64,10 @@ def command(words: list[str]) -> int:
     if jobs < 1:
         raise UsageError(f"jobs={jobs}; allowed: >= 1")
     check_out(out)
+    only = [flag for flag in ("--status", "--dry-run") if options.pop(flag, None) is not None]
+    retried, any_code = flags.take(options, "--retry"), options.pop("--any-code", None) is not None
+    if retried not in (None, *OUTCOMES):
+        raise UsageError(f"retry={retried!r}; allowed: {', '.join(OUTCOMES)}")
     claimed = options.get("--study") == ["learners"]
     configs = study(preset, options) if "--study" in options else grid(preset, options)
     cells = plan(configs, out)
@@ -63,9 +75,14 @@ def command(words: list[str]) -> int:
     rounds = {cell.config.rounds for cell in cells}
     lengths = " or ".join(map(str, sorted(rounds)))
     print(f"{len(cells)} runs in {len(arms)} arms, {lengths} rounds each, {jobs} at a time: {out}/")
+    if only:
+        print_status([standing(cell) for cell in cells], jobs, every="--dry-run" in only)
+        return 0
+    for path in set_aside(cells, retried) if retried else ():
+        print(f"set aside: {path}")
     try:
         with sweep_progress() as listener:
-            table = sweep(configs, out, jobs, listener)
+            table = sweep(configs, out, jobs, listener, any_code)
     except KeyboardInterrupt:
         again = shlex.join(["poisonloop", "sweep", *words])
         print(f"stopped; continue with: {again}", file=sys.stderr)

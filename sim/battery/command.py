@@ -34,6 +34,7 @@ reverses every preference that concerns harm. Type it again to continue a stoppe
   --updates N        optimizer steps of the policy (default {updates})
   --mechanisms       instead of the runs: does each defence do what it says (worlds as above)
   --no-cost          time nothing; factors that an earlier command measured are shown
+  --any-code         go on with runs that another version or commit of poisonloop began
   --jobs N           runs at a time (default: one per core, {cores} here)
   --out DIR          folder of the runs, the table and the picture (default runs/battery)
 """
@@ -58,6 +59,7 @@ def command(words: list[str]) -> int:
     learners = options.pop("--learner", [])
     priced = "--no-cost" not in options
     options.pop("--no-cost", None)
+    any_code = options.pop("--any-code", None) is not None
     if options:
         raise UsageError(flags.unknown_flag(next(iter(options)), ["--defence", "--learner"]))
     asked = configs(lists, learners, worlds or REPORT_WORLDS, seeds, updates)
@@ -69,7 +71,7 @@ def command(words: list[str]) -> int:
     began = time.perf_counter()
     try:
         with sweep_progress() as listener:
-            table = sweep(asked, out, jobs, listener)
+            table = sweep(asked, out, jobs, listener, any_code)
         prices = _costs(asked if priced else [], out)
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)

@@ -105,7 +105,8 @@ def _measure(runs: Sequence[Cell], jobs: int, out: Path) -> dict[str, str]:
     failed: dict[str, str] = {}
     for place in dict.fromkeys(path.parent for _, _, path in runs):
         with sweep_progress() as listener:
-            table = sweep([c for _, c, path in runs if path.parent == place], place, jobs, listener)
+            arms = [c for _, c, path in runs if path.parent == place]
+            table = sweep(arms, place, jobs, listener, any_code=True)
         failed |= {run["path"]: run["failure"] for run in table["runs"] if run["failure"]}
     return failed
 
