@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agents.processes import like, like_all, whole
+from agents.processes import for_main, like, like_all, whole
 from envs.usage import UsageError
 
 TRAINED = "trained"
@@ -127,7 +127,7 @@ def plain_weights(model: nn.Module) -> dict[str, Tensor]:
         for adapter in () if layer.disable_adapters else layer.active_adapters:
             change = whole(layer.get_delta_weight(adapter).detach())
             plain = whole(weights[f"{name}.weight"])
-            weights[f"{name}.weight"] = (plain + change).to(plain.dtype)
+            weights[f"{name}.weight"] = for_main((plain + change).to(plain.dtype))
     return weights
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from agents.batches import Sequences
 from agents.packing import can_pack, pack, packed_inputs
 from agents.policy import padded_inputs, tiled_logp
+from agents.sharding import as_forward
 from envs.usage import UsageError
 
 DOWN_PROJECTIONS = ("down_proj", "c_proj", "fc2", "dense_4h_to_h")
@@ -41,6 +42,7 @@ class _Enough(Exception):
     """Ends a forward pass whose further layers nobody reads."""
 
 
+@as_forward
 def capture(model: nn.Module, sequences: Sequences, last: int | None = None) -> States:
     """Run ``model`` on ``sequences``, with gradient if it is on, and keep every state.
 
@@ -157,6 +159,7 @@ def check_layers(model: nn.Module, layers: Sequence[int], field: str) -> None:
         raise UsageError(f"{field}={tuple(layers)}; allowed: 1 to {depth}, the model's layers")
 
 
+@as_forward
 def depth_losses(model: nn.Module, states: States, sequences: Sequences, mask: Tensor) -> Tensor:
     """(L + 1,) cross-entropy of the tokens in ``mask`` (N, T), read from every depth.
 

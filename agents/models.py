@@ -13,6 +13,7 @@ learner are smaller than the spacing of its numbers.
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -69,6 +70,9 @@ class ModelConfig:
         if self.device == "cuda" and not cuda:
             raise UsageError("model.device='cuda'; allowed: cpu (torch finds no GPU here)")
         device = ("cuda" if real and cuda else "cpu") if self.device == "auto" else self.device
+        here, cards = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if device == "cuda" and here > cards:
+            raise UsageError(f"{here} processes on a machine of {cards} GPUs; allowed: one a GPU")
         again = self.gradient_checkpointing
         again = ("on" if real else "off") if again == "auto" else again
         return replace(self, device=device, gradient_checkpointing=again)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 _alone = False
+_counts = True
 
 
 def count() -> int:
@@ -59,9 +60,20 @@ def main_first() -> Iterator[None]:
         wait()
 
 
+@contextmanager
+def counting(counts: bool) -> Iterator[None]:
+    """A block in which this process adds to no total unless its rows count (:func:`share`)."""
+    global _counts
+    _counts = counts
+    try:
+        yield
+    finally:
+        _counts = True
+
+
 def total(value: Tensor) -> Tensor:
     """The sum over all processes, without gradient."""
-    return _reduced(value, dist.ReduceOp.SUM)
+    return _reduced(value if _counts else torch.zeros_like(value), dist.ReduceOp.SUM)
 
 
 def largest(value: int) -> int:
@@ -134,6 +146,13 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
+def for_main(tensor: Tensor) -> Tensor:
+    """``tensor`` on the CPU of the main process, of several; the others keep nothing of it."""
+    if count() == 1:
+        return tensor
+    return tensor.cpu() if is_main() else tensor.new_empty(0, device="cpu")
+
+
 def all_whole(state: Any) -> Any:
     """Nested ``state`` with every tensor :func:`whole`; parts end on the CPU, in the main process.
 
@@ -144,8 +163,7 @@ def all_whole(state: Any) -> Any:
     if isinstance(state, Tensor):
         if not hasattr(state, "full_tensor"):
             return state
-        found = whole(state.detach())
-        return found.cpu() if is_main() else found.new_empty(0, device="cpu")
+        return for_main(whole(state.detach()))
     if isinstance(state, Mapping):
         return {name: all_whole(value) for name, value in state.items()}
     return [all_whole(v) for v in state] if isinstance(state, list | tuple) else state

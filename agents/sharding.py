@@ -22,6 +22,7 @@ from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 from weakref import WeakSet
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from agents import processes
@@ -47,6 +48,8 @@ def shard(module: nn.Module, whole: bool = False) -> nn.Module:
     """
     if processes.count() == 1:
         return module
+    for p in module.parameters():  # where defences trained it, kernels may have rounded apart
+        dist.broadcast(p.data, src=0)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 

@@ -93,22 +93,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         launch.join()
         if words[0] in ("run", "sweep", "defend", "train-classifier", "prepare-data"):
             _read_data(words)
-        return _command(words[0])(words[1:]) or 0
+        code = _command(words[0])(words[1:]) or 0
+        launch.leave()
+        return code
     except UsageError as error:
         if os.environ.get("POISONLOOP_TRACEBACK"):
             raise
-        if launch.is_main():
-            print(f"poisonloop: error: {error}", file=sys.stderr)
+        launch.leave_it_to_main()
+        print(f"poisonloop: error: {error}", file=sys.stderr)
         return 2
     except Interrupted as error:
+        launch.leave_it_to_main()
         print(f"poisonloop: stopped: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # who reads has seen enough: `poisonloop list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("stopped; what was recorded can be continued", file=sys.stderr)
+        if launch.is_main():
+            print("stopped; what was recorded can be continued", file=sys.stderr)
         return 130
+    except Exception:
+        launch.leave_it_to_main()
+        raise
 
 
 def _show_warning(message: Warning | str, *_where: Any, **_line: Any) -> None:

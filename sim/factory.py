@@ -169,6 +169,7 @@ def make_evaluator(config: Config, scenario: Scenario, base: nn.Module | None = 
         classifier = load_reward_model(scenario.classifier, 0, *place).requires_grad_(False)
     if base is None or scenario.perplexity_model != scenario.policy:
         base = load_causal_lm(scenario.perplexity_model, *place).eval().requires_grad_(False)
+        shard(base)
     back_door = attacks.create(config.attack.name).appends_trigger
     return Evaluator(
         config=config.evaluation,

@@ -9,9 +9,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from agents import processes
 from sim.checks import plugins
 from sim.config import Config
+from sim.launch import launched
 from sim.scenario import Scenario
 
 _PACKAGES = (
@@ -29,7 +29,7 @@ def manifest(config: Config, scenario: Scenario) -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "git": _git_state(),
-        "processes": processes.count(),
+        "processes": launched(),
         "environment": {"id": "FeedbackPoisoning/Live-v0", **scenario.environment},
         "harm_source": scenario.harm_source,
         "model_hashes": scenario.hashes,

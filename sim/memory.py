@@ -15,6 +15,10 @@ blocks padded (``agents.packing``):
     layer    M (7 d + 4 f) + 2 d (U P + N T) + 2 d (U P + N (P + T))     5 d under adapters
     again    M d for every layer, and all of one layer at a time         gradient checkpointing
 
+Of n processes that divide weights (``agents.sharding``) each has 1/n of all but adapters (of policy,
+reference, reward model and perplexity model one by one), and 1/n of the rows. Embeddings and head
+are whole while a model computes, the policy while it is sampled.
+
 A sum of tensors is what must fit at least; allocators and kernels take some more.
 """
 
@@ -30,6 +34,7 @@ from agents.adapters import is_linear
 from agents.engines.backend import cache_bytes, head_size
 from agents.models import ModelConfig
 from agents.policy import TILE
+from agents.processes import count
 from sim.config import Config
 
 GIB = 2**30
@@ -131,9 +136,14 @@ def logits(shape: Counted, tokens: int) -> int:
 
 
 def estimate(
-    config: Config, policy: Any, reward: Any, same: bool = True, prompt_tokens: int | None = None
+    config: Config,
+    policy: Any,
+    reward: Any,
+    same: bool = True,
+    prompt_tokens: int | None = None,
+    processes: int = 1,
 ) -> dict[str, int]:
-    """Bytes by part.
+    """Bytes by part, of one process.
 
     Args:
         config: a run.
@@ -141,6 +151,7 @@ def estimate(
         reward: that of the reward model's base.
         same: whether both are the same files, so that adapters share one base.
         prompt_tokens: longest prompt; that of ``config.text`` when absent.
+        processes: between which weights and rows are divided.
     """
     model = config.model
     whole, number = not model.lora_rank, model.torch_dtype.itemsize
@@ -148,32 +159,42 @@ def estimate(
     shape, base = counted(policy, model), counted(reward, model)
     trained = shape.parameters if whole else shape.adapter
     scoring = (base.body if whole else base.adapter) + base.width
-    own_base = 0 if whole or same else base.body * number
+    apart = processes > 1  # divided weights are nobody else's
+    own_base = 0 if whole or (same and not apart) else base.body * number
+    again = 0 if whole or not apart else shape.parameters * number  # the base in another tree
     rolls = config.learner_name in ("ppo", "grpo")
     p, t = prompt_tokens or config.text.prompt_tokens, config.sampler.max_new_tokens
     people, micro = config.feedback, min(config.learner.micro_batch, config.learner.minibatch)
     answers = people.batch * people.responses if rolls else people.batch
-    micro = min(micro, answers)
+    micro = -(-min(micro, answers) // processes)
     step = Work(min(micro, people.batch), micro * (1 + (config.learner_name == "dpo")), p, t)
     kept = activations(shape, step, model) + logits(shape, step.answers * t)
     if rolls:
         labels = min(config.reward_model.micro_batch, config.reward_model.minibatch)
+        labels = -(-labels // processes)
         kept = max(kept, activations(base, Work(labels, 2 * labels, p, t), model))
     sampled = max(people.batch * people.responses, config.evaluation.n_harm)
-    rows = min(config.sampler.batch, sampled)
+    rows = -(-min(config.sampler.batch, sampled) // processes)
     cache = rows * (p + t) * 2 * shape.keys * shape.layers * number
     engine = 0
     if config.engine == "vllm":  # its own weights with a head of their own, and its cache
         room = cache_bytes(policy, p + t + 1, config.vllm.sequences, model.dtype)
         engine = (shape.body + shape.width * shape.vocabulary) * number + room
         cache = rows = 0
+    ours = processes if whole else 1  # adapters are whole in every process
+    if apart:
+        head = 1 if shape.body == shape.parameters else 2
+        kept += head * shape.vocabulary * shape.width * number * (2 if whole else 1)
+        cache += shape.parameters * number * (config.engine == "transformers")
+    scored = own_base // processes + TRAINED * scoring // ours
     return {
-        "weights": shape.parameters * number + (0 if whole else 4 * trained),
-        "gradients": 4 * trained,
-        "optimizer": 8 * trained,
-        "reference": (shape.parameters if whole else trained) * 4,
-        "reward model": (own_base + TRAINED * scoring) if rolls else 0,
-        "judges": shape.parameters * ((number if whole else 0) + (4 if on_cpu else 0)),
+        "weights": shape.parameters * number // processes + (0 if whole else 4 * trained),
+        "gradients": 4 * trained // ours,
+        "optimizer": 8 * trained // ours,
+        "reference": ((shape.parameters if whole else trained) * 4 + again) // processes,
+        "reward model": scored if rolls else 0,
+        "judges": shape.parameters * ((number if whole else 0) + (4 if on_cpu else 0))
+        + again // processes,
         "vllm": engine,
         "activations": kept,
         "sampling": cache + rows * shape.vocabulary * (number + 4 + 4 + 8),
@@ -204,7 +225,7 @@ def shortage(config: Config, policy: Path, reward: Path) -> str | None:
     from transformers import AutoConfig
 
     configs = [AutoConfig.from_pretrained(folder) for folder in (policy, reward)]
-    needed = peak(estimate(config, *configs, same=policy == reward))
+    needed = peak(estimate(config, *configs, same=policy == reward, processes=count()))
     there = available(config.model.device)
     if needed <= there:
         return None

@@ -19,10 +19,12 @@ usage: poisonloop memory [PRESET] [--model M] [flags of `poisonloop run`]
   poisonloop memory
   poisonloop memory --model Qwen/Qwen2.5-0.5B-Instruct --learner grpo
   poisonloop memory --model models/mine --model.lora-rank 16 --learner.micro-batch 8
+  poisonloop memory --processes 4
 
 GiB by part for M, a directory or a hub id of which config.json is read, or for usual sizes of
 models: trained whole, and through adapters on a base in float32 and in bfloat16. Flags of the run
-change batches, lengths and rank; --learner chooses one (default: dpo and grpo).
+change batches, lengths and rank; --learner chooses one (default: dpo and grpo). With --processes N
+it is what each of N needs that share one run: docs/sharding.md.
 """
 RANK = 16
 """Of the adapters, where no flag says it."""
@@ -34,10 +36,10 @@ def command(words: list[str]) -> int:
     if "--help" in options:
         print(USAGE, end="")
         return 0
-    name = flags.take(options, "--model")
+    name, processes = flags.take(options, "--model"), flags.positive(options, "--processes", 1)
     asked = "--learner" in options
     config = flags.build(preset, options)
-    show(rows(config, models(name), () if asked else ("dpo", "grpo")))
+    show(rows(config, models(name), () if asked else ("dpo", "grpo"), processes))
     return 0
 
 
@@ -57,7 +59,7 @@ def models(name: str | None) -> dict[str, Any]:
 
 
 def rows(
-    config: Config, known: dict[str, Any], learners: Iterable[str]
+    config: Config, known: dict[str, Any], learners: Iterable[str], processes: int = 1
 ) -> list[tuple[str, str, str, dict[str, int]]]:
     """Model, method, learner and bytes by part.
 
@@ -65,6 +67,7 @@ def rows(
         config: batches, lengths, rank; its own learner counts where ``learners`` is empty.
         known: transformers configs by name.
         learners: registered names.
+        processes: that share one run.
     """
     from sim.memory import estimate
 
@@ -76,8 +79,12 @@ def rows(
         f"adapters, rank {rank}, bfloat16": replace(settled, lora_rank=rank, dtype="bfloat16"),
     }
     chosen = [replace(config, learner=registered_learner(name)()) for name in learners] or [config]
+
+    def bytes_of(one: Config, model: Any, shape: Any) -> dict[str, int]:
+        return estimate(replace(one, model=model), shape, shape, processes=processes)
+
     return [
-        (name, method, one.learner_name, estimate(replace(one, model=model), shape, shape))
+        (name, method, one.learner_name, bytes_of(one, model, shape))
         for name, shape in known.items()
         for one in chosen
         for method, model in methods.items()

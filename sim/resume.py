@@ -11,6 +11,7 @@ from sim.checks import plugins
 from sim.config import Config, from_dict
 from sim.config_file import from_manifest
 from sim.files import write_atomic
+from sim.launch import launched
 from sim.manifest import plugin_hashes, versions
 from sim.scenario import Scenario
 
@@ -101,7 +102,7 @@ def check_origin(path: Path, config: Config, scenario: Scenario) -> None:
 
 
 def extend(path: Path, config: Config) -> None:
-    """Write into the manifest how a run goes on: to a later end, under other package versions.
+    """Write into the manifest how a run goes on: later end, package versions, processes.
 
     With a later end it counts as unfinished until it is there. Other versions are allowed, since
     nobody keeps the old ones for ever; from there on the bytes may differ from an uninterrupted
@@ -112,6 +113,9 @@ def extend(path: Path, config: Config) -> None:
     known = [manifest["versions"], *manifest.get("continued_with", [])]
     if versions() != known[-1]:
         manifest["continued_with"] = [*known[1:], versions()]
+    shared = [manifest.get("processes", 1), *manifest.get("continued_in_processes", [])]
+    if launched() != shared[-1]:
+        manifest["continued_in_processes"] = [*shared[1:], launched()]
     rounds = manifest["config"]["rounds"]
     if rounds < config.rounds:
         (path / "summary.json").unlink(missing_ok=True)  # first: the longer run has not finished

@@ -89,7 +89,8 @@ class Vaccine(Defence):
 
         with attention_outputs(ctx.model, perturb):
             report = run()
-        vectors = sum(slope.numel() // slope.shape[-1] for slope in slopes.values())
+        # Rows that do not count have slopes of 0.
+        vectors = sum(slope.numel() // slope.shape[-1] for slope in slopes.values() if slope.any())
         vectors = int(processes.total(torch.tensor(vectors)))
         ctx.log(
             {

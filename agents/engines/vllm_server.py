@@ -54,8 +54,8 @@ CONNECTIONS = 32
 """Requests under way at once; the server batches them."""
 NAME = "policy"
 """What the model is called over HTTP."""
-LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""Environment of processes that were launched together."""
+LAUNCHED = ("TORCHELASTIC_", "MASTER_", "RANK", "LOCAL_", "WORLD_SIZE", "OMP_NUM_THREADS")
+"""How variables begin that a launcher sets for each of its processes."""
 OURS = {
     **SETTINGS,
     "VLLM_SERVER_DEV_MODE": "1",  # the door through which weights are replaced
@@ -254,7 +254,9 @@ def flags(arguments: Mapping[str, Any]) -> list[str]:
 
 def _own_environment() -> dict[str, str]:
     """This process's, but for what says that it is one of several: the server is not."""
-    return {name: value for name, value in os.environ.items() if name not in LAUNCHED}
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return dict(os.environ)
+    return {n: v for n, v in os.environ.items() if not n.startswith(LAUNCHED)}
 
 
 def _free_port() -> int:

@@ -156,7 +156,8 @@ def accumulate(
         for rows in torch.arange(n).split(micro_batch):
             mine, counts = processes.share(rows, owner[rows])
             part = take(batch, mine) if len(mine) < n else batch
-            item_terms = terms(part)
+            with processes.counting(counts):
+                item_terms = terms(part)
             loss = batch.reduce(item_terms)
             if losses is not None:
                 loss = loss + losses(part, item_terms)

@@ -51,6 +51,11 @@ CASES = {
         f"{learner}-adapters": words(learner, "--model.lora-rank", "4", *defended(learner))
         for learner in LISTS
     },
+    # Fewer rows than processes: some have none that count.
+    "single rows": [
+        word.replace("7", "1").replace("12", "4").replace("24", "5")
+        for word in words("ppo", "--defence", "vaccine(rho=5)")
+    ],
     "checkpointing": words("grpo", "--model.gradient-checkpointing", "on", "--defence", "vaccine"),
 }
 LONGER = words("ppo", *defended("ppo"), rounds=4)
@@ -140,6 +145,15 @@ def test_the_command_says_everything_once(embedded_models, tmp_path):
                 "ACCELERATE_MIXED_PRECISION": "bf16",
             },
             "mixed_precision=bf16",
+        ),
+        (
+            {
+                "WORLD_SIZE": "2",
+                "ACCELERATE_USE_FSDP": "true",
+                "FSDP_VERSION": "2",
+                "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
+            },
+            "dynamo_backend=INDUCTOR",
         ),
         (
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},

@@ -133,3 +133,22 @@ def test_vllm_has_its_own_weights_with_a_head_and_its_own_cache(tied):
     assert shape.parameters == shape.body + (0 if tied else head)
     assert parts["sampling"] == 0 < own["sampling"]
     assert peak(parts) == sum(parts.values())
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+def test_processes_share_all_but_adapters(rank):
+    from transformers import LlamaConfig
+
+    policy = LlamaConfig(**SIZES["8B"])
+    config = Config(model=ModelConfig("float32", "cuda", "on", rank))
+    alone = estimate(config, policy, policy)
+    assert estimate(config, policy, policy, processes=1) == alone
+    four = estimate(config, policy, policy, processes=4)
+    base = 4 * counted(policy, config.model).parameters
+    adapters = 4 * counted(policy, config.model).adapter
+    assert four["weights"] == base // 4 + adapters
+    assert four["optimizer"] == (2 * adapters if rank else alone["optimizer"] // 4)
+    assert four["reference"] == (base + adapters) // 4, "a tree of its own"
+    assert four["sampling"] > base, "the policy is whole while it is sampled"
+    if not rank:
+        assert peak(four) < peak(alone)
