@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,11 @@ def test_a_file_is_no_folder(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "file").write_text("")
     assert main(["exit-rules", "--out", str(tmp_path / "file")]) == 2
     assert "--out" in capsys.readouterr().err
+
+
+def test_the_example_of_the_documentation_runs():
+    text = (Path(__file__).parents[2] / "docs/exits.md").read_text()
+    names: dict[str, Any] = {}
+    exec(re.search(r"```python\n(.*?date.*?)```", text, re.S).group(1), names)
+    means = np.linspace(0.1, 0.6, 40)
+    assert (names["found"] >= np.flatnonzero(means > 0.25)[0]).all()
