@@ -10,22 +10,29 @@ def command(words: list[str]) -> int:
     """Simulate, print and, where asked, write the table.
 
     Raises:
-        ValueError: a flag out of range, or an ``--out`` that is a file.
+        ValueError: a flag out of range, or an ``--out`` that cannot be a folder.
     """
-    from envs.usage import UsageError, check_ranges
+    from envs.usage import blamed_on, check_ranges
     from sim.cli import parser_of
 
     parser = parser_of(
         "exit-rules",
         "Early calls, delay and false exits of seven rules on simulated runs whose exit is known.",
     )
-    parser.add_argument("--runs", type=int, default=1500, metavar="N", help="runs a cell")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws")
+    parser.add_argument(
+        "--runs", type=int, default=1500, metavar="N", help="runs a cell (default: 1500)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write CSV, JSON, Markdown")
     asked = parser.parse_args(words)
     check_ranges(asked, runs="2 to 1000000", seed=">= 0")
-    if asked.out is not None and asked.out.exists() and not asked.out.is_dir():
-        raise UsageError(f"--out={str(asked.out)!r} is a file; allowed: a folder, or a new name")
+    if asked.out is not None:
+        with blamed_on(
+            f"--out={str(asked.out)!r}", "a folder, or a new name where one can be made"
+        ):
+            asked.out.mkdir(parents=True, exist_ok=True)
     return _run(asked.runs, asked.seed, asked.out)
 
 

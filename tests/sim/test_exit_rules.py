@@ -125,8 +125,9 @@ def test_bad_flags_are_named(words: list[str], named: str, capsys: Any) -> None:
 
 def test_a_file_is_no_folder(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "file").write_text("")
-    assert main(["exit-rules", "--out", str(tmp_path / "file")]) == 2
-    assert "--out" in capsys.readouterr().err
+    for out in (tmp_path / "file", tmp_path / "file" / "inside"):
+        assert main(["exit-rules", "--out", str(out)]) == 2
+        assert "--out" in capsys.readouterr().err
 
 
 def test_the_example_of_the_documentation_runs():
