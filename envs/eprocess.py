@@ -13,12 +13,16 @@ alpha, however the draws were scheduled and whenever one stops.
   b". Wealth staked at checkpoint 1 bleeds while the policy is still safe, so a share
   w_j = 1/(j(j+1)) of the stake waits and enters at checkpoint j: A_t = (A_{t-1} + w_t) E_t and
   M_t = A_t + 1/(t+1), the last term being the stake that still waits. M_t is averaged over bets.
+  Other stakes give other rules: all of it at the first checkpoint is the plain e-process; a fresh 1
+  at every checkpoint is the e-SR detector of Shin, Ramdas & Rinaldo (2024), which no longer bounds
+  the chance of a false alarm but the mean number of checkpoints before one.
 
 Draws must be independent, with replacement, one cost per prompt, and in the order drawn.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,6 +32,12 @@ CAP = 0.5
 MARGINS = (0.05, 0.1, 0.2, 0.4)
 """Each bet is the growth-optimal one against a mean cost of the limit plus a margin."""
 _BISECTIONS = 24
+STAKES: dict[str, tuple[Callable[[int], float], Callable[[int], float]]] = {
+    "mixture": (lambda t: -np.log(t * (t + 1.0)), lambda t: -np.log(t + 1.0)),
+    "first": (lambda t: 0.0 if t == 1 else -np.inf, lambda t: -np.inf if t else 0.0),
+    "every": (lambda t: 0.0, lambda t: -np.inf),
+}
+"""Log stake that enters at checkpoint t >= 1, and log stake that still waits after t >= 0."""
 
 
 def log_wealth(costs: np.ndarray, mean: np.ndarray | float, alpha: float) -> np.ndarray:
@@ -81,12 +91,13 @@ class EProcess:
     Args:
         limit: b in (0, .95); bets against b + margin >= 1 are dropped.
         runs: leading shape of independent runs tested side by side, () for one.
+        stakes: when wealth is staked, a name in ``STAKES``.
 
     Raises:
         ValueError: no bet is possible at this limit.
     """
 
-    def __init__(self, limit: float, runs: tuple[int, ...] = ()):
+    def __init__(self, limit: float, runs: tuple[int, ...] = (), stakes: str = "mixture"):
         targets = np.array([limit + m for m in MARGINS if limit + m < 1 - 1e-9])
         if limit <= 0 or not targets.size:
             raise ValueError(
@@ -95,23 +106,23 @@ class EProcess:
         self.limit = limit
         self.bets = (targets - limit) / (limit * (1 - limit))  # (bets,)
         self.checkpoints = 0
+        self.stakes = stakes
         self._log_active = np.full((*runs, targets.size), -np.inf)
 
     def update(self, costs: np.ndarray) -> np.ndarray:
         """Add one checkpoint's draws, (*runs, n) in [0, 1]; returns log M_t, shape (*runs,)."""
         self.checkpoints += 1
-        t = self.checkpoints
         excess = np.asarray(costs, float) - self.limit
         log_e = np.stack([np.log1p(bet * excess).sum(-1) for bet in self.bets], -1)
-        entering = -np.log(t * (t + 1.0))
-        self._log_active = np.logaddexp(self._log_active, entering) + log_e
+        entering, _ = STAKES[self.stakes]
+        self._log_active = np.logaddexp(self._log_active, entering(self.checkpoints)) + log_e
         return self.log_value
 
     @property
     def log_value(self) -> np.ndarray:
-        """Log M_t, shape (*runs,); 0 before the first checkpoint."""
-        waiting = -np.log(self.checkpoints + 1.0)
-        wealth = np.logaddexp(self._log_active, waiting)  # (*runs, bets)
+        """Log M_t, shape (*runs,); before the first checkpoint 0, for the detector -inf."""
+        _, waiting = STAKES[self.stakes]
+        wealth = np.logaddexp(self._log_active, waiting(self.checkpoints))  # (*runs, bets)
         return np.logaddexp.reduce(wealth, -1) - np.log(self.bets.size)
 
     def state_dict(self) -> dict[str, Any]:

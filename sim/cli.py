@@ -38,6 +38,7 @@ commands:
   best-of-n [PRESET] ...          harm of the worst of N answers, without any training
   bench                           where the time of a round goes
   memory [--model M]              what fits where: whole models, adapters, precisions
+  exit-rules                      rules that date an exit, where the truth is known
 
 `poisonloop COMMAND --help` shows a command's flags.
 
@@ -66,6 +67,7 @@ COMMANDS = {
     "best-of-n": ("sim.best_of_n", "command"),
     "bench": ("sim.bench.command", "main"),
     "memory": ("sim.memory_command", "command"),
+    "exit-rules": ("sim.exit_rules_command", "command"),
 }
 
 

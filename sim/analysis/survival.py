@@ -37,7 +37,7 @@ class Estimate(NamedTuple):
 
 
 def exit_table(runs: Iterable[Run], clock: str = "rounds") -> pd.DataFrame:
-    """One row per run: run, arm, replicate, time, event, left, right, cause.
+    """One row per run: run, arm, replicate, rho, time, event, left, right, cause.
 
     Args:
         runs: finished runs.
@@ -64,6 +64,7 @@ def _row(arm: str, run: Run, clock: str) -> dict[str, object]:
         "run": str(run.path),
         "arm": arm,
         "replicate": run.replicate,
+        "rho": run.rho,
         "time": float(passed.max() if exited is None else exited[clock]),
         "event": exited is not None,
         "left": np.nan if left is None else left,

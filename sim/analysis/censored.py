@@ -1,0 +1,209 @@
+"""Exit times that are known to lie in a bracket, that compete with other ends, that depend on rho.
+
+* The exit of a run lies in (left, right], right infinite where it was never certified. The curve
+  that makes such brackets likeliest is the nonparametric MLE of Turnbull (1976): it puts mass on
+  some intervals and says nothing of where inside them.
+* Exit, collapse and divergence compete: a policy that has collapsed is not one that will exit later
+  like the others, so censoring it (Kaplan-Meier) overstates exits. Aalen & Johansen (1978): the
+  incidence of cause k grows at each time by S(t-) d_k / n, S the survival of all causes together.
+* Dose-response: log T = a + slope * dose + sigma * W with W the standard minimum extreme value
+  (Weibull, accelerated failure time), fitted to the brackets. A dose higher by .1 multiplies every
+  exit time by exp(.1 * slope).
+
+All three are fitted by lifelines. Simplified: runs are taken as independent, although runs of one
+replicate share people and prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from envs.usage import UsageError, blamed_on
+from sim.analysis.load import Run
+from sim.analysis.survival import MIN_SEEDS, exit_table
+
+CAUSES = ("diverged", "exit", "collapse")
+"""Ends that compete; of those at one time the first counts, as in ``envs.monitor.OUTCOMES``."""
+STEP = 0.1
+"""Increase of the dose that the acceleration factor is given for: ten points of rho."""
+
+
+class DoseResponse(NamedTuple):
+    """How exit times shrink with a dose."""
+
+    slope: float  # of log time by dose
+    error: float  # standard error of the slope
+    p_value: float | None  # Wald; None below MIN_SEEDS runs at some dose, like all intervals
+    factor: float  # exit times at a dose higher by STEP over those at a dose, exp(STEP * slope)
+    low: float | None  # 95% interval of the factor
+    high: float | None
+    shape: float  # of the Weibull, 1 / sigma
+    n: int  # runs
+    exits: int  # of them with a finite bracket
+
+
+def npmle(left: np.ndarray, right: np.ndarray) -> pd.DataFrame:
+    """Turnbull's curve of brackets (left, right], right infinite where nothing was certified.
+
+    Returns:
+        Columns left, right, mass, survival: the intervals that hold mass, ascending, and the share
+        still inside after each. Between the ends of an interval the curve is not determined.
+
+    Raises:
+        ValueError: no runs, or brackets that are not 0 <= left < right.
+    """
+    from lifelines import KaplanMeierFitter
+
+    left, right = _brackets(left, right)
+    ends = np.unique(np.concatenate([left, right[np.isfinite(right)]]))
+    # lifelines takes its intervals as closed; a bracket does not hold its left end.
+    tick = 1e-6 * (np.diff(ends).min() if ends.size > 1 else 1.0)
+    with np.errstate(all="ignore"):  # a single interval makes it take log(0), to no effect
+        fit = KaplanMeierFitter().fit_interval_censoring(left + tick, right, tol=1e-9)
+    curve = fit.survival_function_.to_numpy(float)
+    at = fit.survival_function_.index.to_numpy(float)
+    drops = np.flatnonzero(curve[:, 0] - curve[:, 1] > 1e-9)
+    return pd.DataFrame(
+        {
+            "left": ends[np.abs(ends[:, None] - (at[drops - 1] - tick)).argmin(0)],
+            "right": at[drops],
+            "mass": curve[drops, 0] - curve[drops, 1],
+            "survival": curve[drops, 1],
+        }
+    )
+
+
+def cause_table(runs: Iterable[Run], clock: str = "rounds") -> pd.DataFrame:
+    """One row per run: run, arm, replicate, time, cause of its first end, or ``none``.
+
+    Args:
+        runs: finished runs.
+        clock: as in :func:`sim.analysis.survival.exit_table`.
+    """
+    runs = list(runs)
+    table = exit_table(runs, clock)
+    by_path = {str(run.path): run for run in runs}
+    ends = [
+        _first_end(by_path[name].summary, clock, time)
+        for name, time in zip(table["run"], table["time"], strict=True)
+    ]
+    times, causes = zip(*ends, strict=True)
+    return table[["run", "arm", "replicate"]].assign(time=times, cause=causes)
+
+
+def _first_end(summary: dict, clock: str, last: float) -> tuple[float, str]:
+    keys = {"diverged": "diverged_at", "exit": "exit_confirmed", "collapse": "collapsed_at"}
+    known = {cause: summary[keys[cause]] for cause in CAUSES if summary.get(keys[cause])}
+    times = {cause: float(when[clock]) for cause, when in known.items()}
+    if summary["outcome"] == "diverged":
+        times = {"diverged": last, **times}  # what training made, no evaluation saw
+    first = min(times, key=lambda cause: (times[cause], CAUSES.index(cause)), default="none")
+    return times.get(first, last), first
+
+
+def cumulative_incidence(time: np.ndarray, cause: Iterable[str]) -> pd.DataFrame:
+    """Aalen-Johansen: the chance that a run has ended by each cause by each time.
+
+    Args:
+        time: (runs,) times of the end or of censoring.
+        cause: (runs,) names in ``CAUSES``, or ``none``.
+
+    Returns:
+        Columns cause, time, incidence, lower, upper (95%, log-log), 0 first. No interval below
+        ``MIN_SEEDS`` runs, at incidence 0, or where all who were left ended at once.
+
+    Raises:
+        ValueError: no runs, or an unknown cause.
+    """
+    time, codes = np.asarray(time, float), _codes(cause)
+    if not time.size or time.shape != codes.shape:
+        raise UsageError(f"runs: {time.size} times, {codes.size} causes; allowed: as many, over 0")
+    times, rank = np.unique(time, return_inverse=True)
+    # Ties would be broken by random jitter, also past runs censored at that time. Ends come first.
+    spread = np.where(codes > 0, rank + 2 - codes / (2 * len(CAUSES)), rank + 2.0)
+    return pd.concat(
+        [_incidence(times, spread, codes, k, name) for k, name in enumerate(CAUSES, 1)],
+        ignore_index=True,
+    )
+
+
+def _codes(cause: Iterable[str]) -> np.ndarray:
+    """0 for runs that did not end, 1, 2, ... for ``CAUSES``."""
+    names = ("none", *CAUSES)
+    given = list(cause)
+    if unknown := set(given) - set(names):
+        raise UsageError(f"cause={min(unknown)!r}; allowed: {', '.join(names)}")
+    return np.array([names.index(name) for name in given], int)
+
+
+def _incidence(
+    times: np.ndarray, spread: np.ndarray, codes: np.ndarray, code: int, name: str
+) -> pd.DataFrame:
+    from lifelines import AalenJohansenFitter
+
+    incidence = np.zeros(times.size)
+    bounds = np.full((times.size, 2), np.nan)
+    if (codes == code).any():
+        with np.errstate(all="ignore"):  # where all who were left ended at once
+            fit = AalenJohansenFitter().fit(spread, codes, code)
+        steps = fit.cumulative_density_
+        at = np.searchsorted(steps.index.to_numpy(), np.arange(times.size) + 2.0, "right") - 1
+        incidence = steps.to_numpy()[at, 0]
+        if codes.size >= MIN_SEEDS:
+            bounds = np.sort(fit.confidence_interval_.to_numpy(float)[at], 1)  # NaN stays NaN
+    table = pd.DataFrame({"cause": name, "time": times, "incidence": incidence})
+    table["lower"], table["upper"] = bounds.T
+    start = pd.DataFrame([{"cause": name, "time": 0.0, "incidence": 0.0}])
+    return table if times[0] == 0 else pd.concat([start, table], ignore_index=True)
+
+
+def dose_response(dose: np.ndarray, left: np.ndarray, right: np.ndarray) -> DoseResponse:
+    """The Weibull model of exit times by dose, from brackets (left, right].
+
+    Args:
+        dose: (runs,) for instance rho in [0, 1].
+        left: (runs,) last time certified safe, 0 where none was.
+        right: (runs,) first time certified unsafe, infinite where none was.
+
+    Raises:
+        ValueError: fewer than two doses, no exit at all, bad brackets, or a fit that fails.
+    """
+    from lifelines import WeibullAFTFitter
+
+    left, right = _brackets(left, right)
+    dose = np.asarray(dose, float)
+    doses, counts = np.unique(dose, return_counts=True)
+    exits = int(np.isfinite(right).sum())
+    if doses.size < 2 or not exits or dose.shape != left.shape:
+        found = f"{doses.size} doses, {exits} exits, {dose.size} doses to {left.size} runs"
+        raise UsageError(f"dose-response: {found}; allowed: two doses, one exit, a dose a run")
+    data = pd.DataFrame({"dose": dose, "left": left, "right": right})
+    with blamed_on("dose-response: no fit", "exit times that vary with the dose and within it"):
+        fit = WeibullAFTFitter().fit_interval_censoring(data, "left", "right")
+    row = fit.summary.loc[("lambda_", "dose")]
+    slope, error = float(row["coef"]), float(row["se(coef)"])
+    enough = counts.min() >= MIN_SEEDS
+    low, high = (float(np.exp(STEP * (slope + s * 1.96 * error))) for s in (-1, 1))
+    return DoseResponse(
+        slope=slope,
+        error=error,
+        p_value=float(row["p"]) if enough else None,
+        factor=float(np.exp(STEP * slope)),
+        low=low if enough else None,
+        high=high if enough else None,
+        shape=float(np.exp(fit.params_[("rho_", "Intercept")])),
+        n=dose.size,
+        exits=exits,
+    )
+
+
+def _brackets(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Left ends with 0 for "nothing was certified safe", and right ends."""
+    left, right = np.nan_to_num(np.asarray(left, float)), np.asarray(right, float)
+    if not left.size or left.shape != right.shape or not ((left >= 0) & (left < right)).all():
+        raise UsageError(f"brackets of {left.size} runs; allowed: 0 <= left < right, over 0 runs")
+    return left, right
