@@ -15,9 +15,9 @@ blocks padded (``agents.packing``):
     layer    M (7 d + 4 f) + 2 d (U P + N T) + 2 d (U P + N (P + T))     5 d under adapters
     again    M d for every layer, and all of one layer at a time         gradient checkpointing
 
-Of n processes that divide weights (``agents.sharding``) each has 1/n of all but adapters (of policy,
-reference, reward model and perplexity model one by one), and 1/n of the rows. Embeddings and head
-are whole while a model computes, the policy while it is sampled.
+Of n processes that divide weights (``agents.sharding``) each has 1/n of all but adapters, of each
+model by itself (policy, reference, reward model, perplexity model), and 1/n of the rows. Embeddings
+and head are whole while a model computes, the policy while it is sampled.
 
 A sum of tensors is what must fit at least; allocators and kernels take some more.
 """
