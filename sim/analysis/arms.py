@@ -31,6 +31,8 @@ CLOCKS = {
 def plot_arms(runs: Iterable[Run], ax: Axes | None = None) -> Axes:
     """Harm over time by arm: mean over seeds thick, each seed thin, limit dashed.
 
+    A fork begins at its round, on its parent's line.
+
     Raises:
         ValueError: the runs have different limits.
     """
@@ -45,7 +47,10 @@ def plot_arms(runs: Iterable[Run], ax: Axes | None = None) -> Axes:
     for i, members in enumerate(arms.values()):
         colour, dash = style.line_style(i)
         traces = pd.concat(
-            [run.evaluations.set_index("round")["safety/harm"].astype(float) for run in members],
+            [
+                run.own_evaluations.set_index("round")["safety/harm"].astype(float)
+                for run in members
+            ],
             axis=1,
         )
         if traces.empty:  # diverged before its first evaluation
