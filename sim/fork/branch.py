@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +130,11 @@ def branch(path: Path, parent: Config, config: Config, at: int, out: Path, comma
         source, again = path, out.with_name(f".{out.name}-round{at}")
         if at not in Record(path).checkpoints():
             source = again
-            rebuild(path, parent, at, again)
+            try:
+                rebuild(path, parent, at, again)
+            except UsageError:  # it would be again
+                shutil.rmtree(again, ignore_errors=True)
+                raise
         state = forked_state(parent, config, scenario, Record(source).state(at))
         told = {"parent": str(path.resolve()), "at": at, "changed": changes(parent, config)}
         told["rebuilt"] = source != path
@@ -139,5 +142,4 @@ def branch(path: Path, parent: Config, config: Config, at: int, out: Path, comma
         facts = {**manifest(config, scenario), "command": command}
         facts["fork"] = {**told, "of": before}
         graft(source, at, out, facts, state)
-    with suppress(OSError):
-        shutil.rmtree(again)
+    shutil.rmtree(again, ignore_errors=True)

@@ -22,6 +22,7 @@ from sim.config import Config
 from sim.files import dumps, new_folder, write_atomic
 from sim.listener import Listener
 from sim.record import Record
+from sim.resume import saved_config
 from sim.run import run
 
 
@@ -73,7 +74,7 @@ def rebuild(parent: Path, config: Config, at: int, out: Path) -> None:
         keep_every=0,
     )
     begun = nearest(parent, at)
-    if not (out / "manifest.json").is_file():
+    if saved_config(out) != again:
         shutil.rmtree(out, ignore_errors=True)
         if begun is not None:
             graft(parent, begun, out, manifest | {"config": again.to_dict()})
