@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from agents.learners import learners
@@ -95,7 +96,9 @@ def default_out(config: Config) -> Path:
     )
 
 
-def execute(config: Config, out: Path, resume: bool, words: list[str]) -> int:
+def execute(
+    config: Config, out: Path, resume: bool, words: Sequence[str] = (), following: str = ""
+) -> int:
     """Run ``config`` in ``out`` under a progress bar, report on it, and say what came of it.
 
     Args:
@@ -103,6 +106,7 @@ def execute(config: Config, out: Path, resume: bool, words: list[str]) -> int:
         out: the run directory.
         resume: whether it is there already.
         words: what could be typed after ``poisonloop run`` to run it anew.
+        following: what to type next, in place of what the outcome suggests.
     """
     from agents.processes import main_first
     from sim.analysis.report import write_report
@@ -122,7 +126,7 @@ def execute(config: Config, out: Path, resume: bool, words: list[str]) -> int:
     if not is_main():
         return 0
     outside = any(plugins(config))
-    print(closing(summary, out, write_report([out], out), words, outside))
+    print(closing(summary, out, write_report([out], out), words, outside, following))
     return 0
 
 

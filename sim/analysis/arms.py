@@ -69,7 +69,10 @@ def plot_arms(runs: Iterable[Run], ax: Axes | None = None) -> Axes:
     ax.set_title("Does the policy stay in the safe set?")
     seeds = {names[arm]: len(members) for arm, members in arms.items()}
     counts = _counts(seeds, listed)
-    style.caption(ax, f"Thick: mean while all seeds go on; thin: single seeds ({counts}).")
+    left = any(run.fork for members in arms.values() for run in members)
+    branches = " A fork begins where it left its parent's line." if left else ""
+    words = f"Thick: mean while all seeds go on; thin: single seeds ({counts}).{branches}"
+    style.caption(ax, words)
     return ax
 
 

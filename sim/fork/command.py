@@ -57,9 +57,8 @@ def fork(words: list[str]) -> int:
     check_new(out)
     quiet_loading()
     branch(path, parent, config, at, out, shlex.join(["poisonloop", "fork", *words]))
-    status = execute(config, out, resume=True, words=["--config", str(out / "manifest.json")])
-    print(f"Branches: poisonloop report {shlex.join([str(path), str(out)])} --out DIR")
-    return status
+    sides = f"side by side:  poisonloop report {shlex.join([str(path), str(out)])} --out DIR"
+    return execute(config, out, resume=True, following=sides)
 
 
 def default_out(path: Path, parent: Config, config: Config, at: int) -> Path:
@@ -67,9 +66,10 @@ def default_out(path: Path, parent: Config, config: Config, at: int) -> Path:
     changed = {name.partition(".")[0] for name in changes(parent, config)}
     parts: list[Any] = [config.learner_name] if "learner" in changed else []
     if "attack" in changed:
-        parts += [brief(config.attack.name), f"rho{config.attack.rho:g}"]
+        attack = config.attack
+        parts += [brief(attack.name), f"rho{attack.rho:g}"] if attack.rho else ["clean"]
     if "defences" in changed:
         parts += map(brief, config.defences or ["none"])
     words = [re.sub(r"[^\w.]+", "-", part).strip("-") for part in parts] or ["same"]
-    name = path.resolve().name
-    return path.resolve().with_name("-".join([name, f"from{at}", *words]))
+    named = path if path.name not in ("", "..") else path.resolve()
+    return named.with_name("-".join([named.name, f"from{at}", *words]))

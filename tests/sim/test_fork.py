@@ -21,7 +21,7 @@ ROUNDS = 8
 SMALL = Config(
     rounds=ROUNDS,
     feedback=FeedbackConfig(batch=8, responses=2, annotators=20, delay=1),
-    evaluation=EvaluationConfig(n_harm=8, n_help=8, n_true=0),
+    evaluation=EvaluationConfig(n_harm=8, n_help=8, n_true=16),
     attack=AttackConfig("harmful_asker", rho=0.5),
 )
 SAME = ("labels", "truth", "samples", "policies")
@@ -400,7 +400,9 @@ def test_from_the_command_line_to_the_report(parent, in_tmp, capsys):
     assert main(words) == 0
     out = Path("runs/mine-from7-lisa-rho-5")
     said = capsys.readouterr().out
-    assert "Outcome: " in said and f"poisonloop report runs/mine {out.resolve()}" in said
+    assert (
+        "Outcome: " in said and f"Next:    side by side:  poisonloop report runs/mine {out}" in said
+    )
     manifest = json.loads((out / "manifest.json").read_text())
     assert (
         manifest["command"] == "poisonloop fork runs/mine --at 7 --defence 'lisa(rho=5)' --rounds 9"
@@ -414,3 +416,29 @@ def test_from_the_command_line_to_the_report(parent, in_tmp, capsys):
     loaded = load_runs(paths)
     assert len({run.arm for run in loaded}) == 3
     assert [list(run.own_evaluations["round"])[0] for run in loaded] == [0, 7, 7]
+
+
+def test_adapters_on_a_model_of_ones_own(tmp_path):
+    """Policy, reference and reward model are adapters on one base; a vector comes beside them."""
+    from sim.run import run
+    from tests.sim.test_models import config_of, save_model
+
+    rows_of = [
+        {"prompt": f"w{i} w{j}", "harmful": bool(j % 2), "responses": [f"w{j} w{i}", "I'm sorry"]}
+        for i in range(8)
+        for j in range(4)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of))
+    config = replace(config_of(save_model(tmp_path / "model", "llama"), "grpo"), rounds=4)
+    run(config, tmp_path / "run")
+    same = fork(tmp_path / "run", tmp_path / "same", 2, config)
+    assert files(same) == files(tmp_path / "run")
+    out = fork(tmp_path / "run", tmp_path / "vector", 3, replace(config, defences=(VECTORS,)))
+    old, new = checkpoint(tmp_path / "run", 3), checkpoint(out, 3)
+    for part in ("policy", "reference", "reward_model"):
+        assert all(new[part][name].equal(value) for name, value in old[part].items())
+    assert any("security_vector" in name for name in new["policy"])
+    back = fork(out, tmp_path / "back", 3, config, go_on=False)
+    again = checkpoint(back, 3)
+    assert all(again[part].keys() == old[part].keys() for part in ("policy", "reference"))
+    assert all(again["policy"][name].equal(value) for name, value in old["policy"].items())

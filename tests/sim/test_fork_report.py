@@ -68,6 +68,7 @@ def test_a_branch_is_drawn_from_where_it_left(branches):
     ax = plot_arms(load_runs([branches]))
     begins = {line.get_xdata()[0] for line in ax.lines if line.get_linewidth() > 2}
     assert begins == {0, 4, 6}
+    assert "A fork begins where it left" in drawn_text(ax)
     trace = plot_cost_trace(load_run(branches / "late"))
     assert "forked in round 6" in drawn_text(trace)
     assert "forked" not in drawn_text(plot_cost_trace(load_run(branches / "defended")))
@@ -86,7 +87,13 @@ def test_the_table_of_branches(branches):
     alone = branch_table([late])
     assert alone["parent"][0] == str((branches / "attacked").resolve())
     assert pd.isna(alone["parent's harm at end"][0])
-    assert branch_table([parent]).empty and len(run_table(runs)) == 4
+    assert branch_table([parent]).empty
+
+
+def test_a_branch_that_became_clean_is_no_clean_run(branches):
+    """What it learned before the fork, it learned under attack."""
+    retained = run_table(load_runs([branches])).set_index("arm")["learning retained"]
+    assert len(retained) == 4 and retained.isna().all()
 
 
 def test_the_report_lays_branches_side_by_side(branches, tmp_path):
