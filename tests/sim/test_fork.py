@@ -442,3 +442,48 @@ def test_adapters_on_a_model_of_ones_own(tmp_path):
     again = checkpoint(back, 3)
     assert all(again[part].keys() == old[part].keys() for part in ("policy", "reference"))
     assert all(again["policy"][name].equal(value) for name, value in old["policy"].items())
+
+
+def test_defences_before_the_release_stay_and_others_may_follow(tmp_path, embedded_models):
+    from sim.run import run
+
+    file = tmp_path / "kept.py"
+    file.write_text(
+        "from agents.defences.controls import Freeze\nclass Kept(Freeze):\n    offline = True\n"
+    )
+    kept = f"{file}:Kept"
+    config = replace(SMALL, rounds=3, defences=(kept,))
+    run(config, tmp_path / "run")
+    out = fork(tmp_path / "run", tmp_path / "out", 2, replace(config, defences=(kept, "freeze")))
+    policy = (out / f"policies/round-{n:06d}.safetensors" for n in (2, 3))
+    assert len({path.read_bytes() for path in policy}) == 1
+    for refused in ((), ("freeze",), ("freeze", kept)):
+        with pytest.raises(ValueError, match=r"Kept acts before the release .*allowed: after"):
+            fork(tmp_path / "run", tmp_path / "no", 2, replace(config, defences=refused))
+
+
+def test_an_attacker_takes_the_loop_over_and_loses_it_again(parent, tmp_path):
+    """Her judge stands where the reward model was; afterwards there is a fresh one."""
+    hers = replace(SMALL, rounds=9, attack=AttackConfig("malicious_grpo", rho=1.0, stop_at=1.0))
+    out = fork(parent, tmp_path / "hers", 7, hers)
+    assert "reward_model" not in checkpoint(out, 7) and rows(out)[-1]["round"] == 9
+    back = fork(out, tmp_path / "back", 8, replace(SMALL, rounds=9))
+    first = checkpoint(fork(parent, tmp_path / "first", 0, SMALL, go_on=False), 0)
+    begun = checkpoint(back, 8)["reward_model"]
+    assert all(begun[name].equal(value) for name, value in first["reward_model"].items())
+    assert rows(back)[9]["reward"] is not None
+
+
+def test_where_a_rule_of_its_own_ended_the_run_it_would_end_again(parent, tmp_path):
+    other = copy(parent, tmp_path / "other", evaluation={"stop_on_exit": True})
+    summary = json.loads((other / "summary.json").read_text())
+    left = {**summary, "exit_confirmed": {"rounds": 5}}
+    (other / "summary.json").write_text(json.dumps(left))
+    stops = replace(SMALL, evaluation=replace(SMALL.evaluation, stop_on_exit=True))
+    with pytest.raises(ValueError, match="at=6: the exit is confirmed in round 5.*below 5"):
+        fork(other, tmp_path / "out", 6, stops)
+    stopped = copy(parent, tmp_path / "stopped", attack={"stop_at": 0.9})
+    (stopped / "summary.json").write_text(json.dumps({**summary, "attacker_stopped": 8}))
+    longer = replace(SMALL, rounds=9, attack=replace(SMALL.attack, stop_at=0.9))
+    with pytest.raises(ValueError, match=r"at=8: there the attacker ended the run.*below 8"):
+        fork(stopped, tmp_path / "out", 8, longer)
