@@ -441,7 +441,8 @@ def test_adapters_on_a_model_of_ones_own(tmp_path):
     back = fork(out, tmp_path / "back", 3, config, go_on=False)
     again = checkpoint(back, 3)
     assert all(again[part].keys() == old[part].keys() for part in ("policy", "reference"))
-    assert all(again["policy"][name].equal(value) for name, value in old["policy"].items())
+    for part in ("policy", "reference"):
+        assert all(again[part][name].equal(value) for name, value in old[part].items())
 
 
 def test_defences_before_the_release_stay_and_others_may_follow(tmp_path, embedded_models):
