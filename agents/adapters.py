@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agents.processes import for_main, like, like_all, whole
+from agents.processes import all_whole, for_main, like, like_all, whole
 from envs.usage import UsageError
 
 TRAINED = "trained"
@@ -179,6 +179,31 @@ def load_trained_adapter(model: nn.Module, tensors: Mapping[str, Tensor]) -> Non
     with torch.no_grad():
         for name, value in live.items():
             value.copy_(like(value, tensors[name]))
+
+
+def exported(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """What :func:`load_plain` takes: the trained adapter with its config, or plain weights."""
+    if has_trained_adapter(model):
+        return trained_adapter(model)
+    return all_whole(plain_weights(model)), None
+
+
+def load_plain(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put a plain model's weights, or the tensors of the trained adapter, into ``model``.
+
+    Adapters of defences stay as they are.
+
+    Raises:
+        RuntimeError: a tensor is missing, or is none of the model's.
+    """
+    if has_trained_adapter(model):
+        load_trained_adapter(model, weights)
+        return
+    names, state = plain_names(model), model.state_dict()
+    adapters = {n: v for n, v in state.items() if n not in names}
+    live = {plain: name for name, plain in names.items()}
+    given = {live.get(name, name): value for name, value in weights.items()}
+    model.load_state_dict({**adapters, **like_all(state, given)})
 
 
 def _peft_names(model: nn.Module) -> dict[str, Tensor]:

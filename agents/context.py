@@ -19,17 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agents.adapters import (
-    has_trained_adapter,
-    load_trained_adapter,
-    plain_names,
-    plain_weights,
-    trained_adapter,
-)
+from agents.adapters import exported, load_plain, plain_weights
 from agents.batches import Pairs, Sequences
 from agents.models import device_of
 from agents.policy import Policy, response_logprobs, response_terms
-from agents.processes import all_whole, like, like_all, whole
+from agents.processes import like, whole
 from envs import rng as draws
 
 
@@ -238,9 +232,7 @@ class Context:
 
     def exported(self) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         """What a run keeps of a policy: the trained adapter with its config, or plain weights."""
-        if has_trained_adapter(self.model):
-            return trained_adapter(self.model)
-        return all_whole(self.export_weights()), None
+        return exported(self.model)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Put back what was :meth:`exported` with a defence's adapters off; those stay as they are.
@@ -248,14 +240,7 @@ class Context:
         Raises:
             RuntimeError: a tensor is missing, or is none of the model's.
         """
-        if has_trained_adapter(self.model):
-            load_trained_adapter(self.model, weights)
-            return
-        names, state = plain_names(self.model), self.model.state_dict()
-        adapters = {n: v for n, v in state.items() if n not in names}
-        live = {plain: name for name, plain in names.items()}
-        given = {live.get(name, name): value for name, value in weights.items()}
-        self.model.load_state_dict({**adapters, **like_all(state, given)})
+        load_plain(self.model, weights)
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizer moments, counters and generators; weights are the agent's."""

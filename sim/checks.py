@@ -8,6 +8,7 @@ a second and not after the models are built.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import types
 import warnings
 from collections.abc import Iterator, Mapping
@@ -175,6 +176,20 @@ def _check_embedded(config: Config, members: list[Defence]) -> None:
                 f"defence {member.spec}: needs {', '.join(missing)}; "
                 f"allowed: any of {', '.join(sorted(roles))}"
             )
+
+
+def check_new(out: Path) -> None:
+    """Refuse a run directory that exists, or that cannot be made.
+
+    Raises:
+        ValueError: names the place and the reason.
+    """
+    if out.exists():
+        raise UsageError(
+            f"out={str(out)!r} exists; allowed: a new directory, "
+            f"or continue it with `poisonloop resume {shlex.quote(str(out))}`"
+        )
+    check_out(out)
 
 
 def check_out(out: Path) -> None:

@@ -27,6 +27,7 @@ commands:
   run [PRESET] [--rho .1] ...     one experiment, with a report at its end
   sweep [PRESET] [--rho 0 .1] ... experiments over lists of values, in parallel
   resume DIR [--rounds N]         continue a stopped run, or extend a finished one
+  fork RUN --at N [--defence X]   continue a run from a round under something else
   report DIR ...                  pictures and pages from run directories
   export RUN --format NAME        its comparisons as a data set for TRL's trainers
   defend --defence NAME --out DIR build a model defended before its release, and save it
@@ -56,6 +57,7 @@ COMMANDS = {
     "run": ("sim.run_command", "run"),
     "sweep": ("sim.sweep_command", "command"),
     "resume": ("sim.run_command", "resume"),
+    "fork": ("sim.fork.command", "fork"),
     "report": ("sim.cli", "report"),
     "export": ("sim.export_command", "export"),
     "battery": ("sim.battery.command", "command"),

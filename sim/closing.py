@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,12 @@ def verdict(summary: dict[str, Any]) -> str:
 
 
 def closing(
-    summary: dict[str, Any], out: Path, files: list[Path], words: list[str], plugins: bool = False
+    summary: dict[str, Any],
+    out: Path,
+    files: list[Path],
+    words: Sequence[str],
+    plugins: bool = False,
+    following: str = "",
 ) -> str:
     """The three lines that end a run: outcome, files, what to type next.
 
@@ -65,6 +71,7 @@ def closing(
         files: pictures and pages that were written.
         words: what was typed after ``poisonloop run``.
         plugins: whether the run names code outside the project.
+        following: what to type next, if the outcome is not to decide.
     """
     pages = [str(path) for path in files if path.suffix == ".html"]
     seen = ", ".join(pages) or f"{len(files)} files"
@@ -72,7 +79,7 @@ def closing(
         (
             f"Outcome: {verdict(summary)}{_stopped(summary)}",
             f"Files:   {out}/  pictures in {out}/figures/; open {seen}",
-            f"Next:    {advice(summary, out, words, plugins)}",
+            f"Next:    {following or advice(summary, out, words, plugins)}",
         )
     )
 
@@ -83,7 +90,7 @@ def _stopped(summary: dict[str, Any]) -> str:
     return "" if at is None else f"; the attacker stopped it in round {at} (attack.stop_at)"
 
 
-def advice(summary: dict[str, Any], out: Path, words: list[str], plugins: bool = False) -> str:
+def advice(summary: dict[str, Any], out: Path, words: Sequence[str], plugins: bool = False) -> str:
     """The command that a person would most likely want to type next."""
     outcome = summary["outcome"]
     if outcome == "diverged":
@@ -105,7 +112,7 @@ def advice(summary: dict[str, Any], out: Path, words: list[str], plugins: bool =
     return f"over seeds:  {retyped('sweep', words, '--seed')} --seeds 4"
 
 
-def owned(words: list[str]) -> bool:
+def owned(words: Sequence[str]) -> bool:
     """Whether ``words`` name an attacker who owns the training loop."""
     from envs.attacks import attacks
 
@@ -115,7 +122,7 @@ def owned(words: list[str]) -> bool:
     return attack.owns_reward or attack.owns_data
 
 
-def retyped(command: str, words: list[str], *without: str) -> str:
+def retyped(command: str, words: Sequence[str], *without: str) -> str:
     """``words`` as a command line, without ``--out`` and the flags that are to be given anew."""
     kept: list[str] = []
     skip = False

@@ -204,13 +204,20 @@ class Config:
     """Monitor and evaluation."""
     checkpoint_every: int = 1
     """Rounds between checkpoints; a killed run loses at most these."""
+    keep_every: int = 0
+    """Rounds between checkpoints that are kept to fork from; 0 keeps the last two alone."""
     samples_per_round: int = 8
     """Comparisons recorded in full every round."""
 
     def __post_init__(self) -> None:
         """Check what no section knows alone; sections and components check the rest."""
         check_ranges(self, rounds=">= 1", seed=">= 0", threads="1 to 1024")
-        check_ranges(self, checkpoint_every=">= 1", samples_per_round=">= 0")
+        check_ranges(self, checkpoint_every=">= 1", samples_per_round=">= 0", keep_every=">= 0")
+        if self.keep_every % self.checkpoint_every:
+            raise UsageError(
+                f"keep_every={self.keep_every} with checkpoint_every={self.checkpoint_every}; "
+                "allowed: 0, or a multiple of it"
+            )
         if self.text.model and "harm_classifier" in self.evaluation.limits:
             raise UsageError(
                 "evaluation.limits='harm_classifier' with text.model; allowed: over_refusal, "

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium
-from torch import nn
+from torch import Tensor, nn
 
 import envs  # noqa: F401  (registers the environment)
+from agents.adapters import load_own_state, load_plain
 from agents.agent import Agent
 from agents.context import Context, RoleData
 from agents.defence import DefenceStack, defences
@@ -64,12 +66,28 @@ def make_env(config: Config, scenario: Scenario) -> gymnasium.Env:
     )
 
 
-def make_agent(config: Config, scenario: Scenario, restored: dict[str, Any] | None = None) -> Agent:
+class Start(NamedTuple):
+    """What an agent begins with in place of its scenario's models, by learner."""
+
+    weights: Mapping[str, Mapping[str, Tensor]] = {}
+    """Of the models that defences prepare: what ``load_plain`` takes of the policy, and the own
+    state of the reward model."""
+    defences: Mapping[str, list[dict[str, Any]]] = {}
+    """States that defences recreate their structure from, instead of preparing."""
+
+
+def make_agent(
+    config: Config,
+    scenario: Scenario,
+    restored: dict[str, Any] | None = None,
+    start: Start | None = None,
+) -> Agent:
     """The training system: policy, sampler, reward model, learner, wrapped by the defences.
 
     Args:
         restored: an agent's state. Defences then recreate their structure from it instead of
             preparing again, and everything else is loaded after.
+        start: what to begin with where there is no whole state.
 
     Raises:
         ValueError: an unknown defence, or one that needs what this run does not have.
@@ -81,10 +99,11 @@ def make_agent(config: Config, scenario: Scenario, restored: dict[str, Any] | No
     def trained(name: str, model: nn.Module) -> nn.Module:
         return trainable(model, chosen, draws.key(config.seed, "adapter", name))
 
-    start, base = load_causal_lm(scenario.policy, *place), None
+    begin = start or Start(defences=(restored or {}).get("defences", {}))
+    first, base = load_causal_lm(scenario.policy, *place), None
     if chosen.lora_rank:
-        base = freeze_copy(start.requires_grad_(False))
-    policy = Policy(trained("policy", start), tokenizer, config.sampler.temperature, base)
+        base = freeze_copy(first.requires_grad_(False))
+    policy = Policy(trained("policy", first), tokenizer, config.sampler.temperature, base)
     own = TransformersSampler(config.sampler, tokenizer)
     sampler = own if config.engine == "transformers" else _vllm(config, scenario, tokenizer)
     owned = owned_loop(config, scenario, tokenizer)
@@ -98,10 +117,13 @@ def make_agent(config: Config, scenario: Scenario, restored: dict[str, Any] | No
         ctx = Context(name, model, tokenizer, policy, *services)
         members = [defences.create(spec) for spec in config.defences[scenario.prepared :]]
         stack = DefenceStack(members, ctx, acting=config.threat == "online")
-        if restored is None:
-            stack.prepare()
-        else:
-            stack.load_state_dict(restored["defences"][name])
+        if name in begin.defences:
+            stack.load_state_dict(begin.defences[name])
+            return stack
+        if name in begin.weights:
+            load = load_plain if name == "policy" else load_own_state
+            load(model, begin.weights[name])
+        stack.prepare()
         return stack
 
     divide = partial(shard, whole=chosen.lora_rank > 0)

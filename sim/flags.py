@@ -119,12 +119,17 @@ def build(preset: str | None, options: Options, file: str | None = None) -> Conf
     Raises:
         ValueError: an unknown name, field, type or range; the message says what is allowed.
     """
+    base = presets.preset(preset or "default")
+    return changed(from_file(base, file) if file else base, options)
+
+
+def changed(base: Config, options: Options) -> Config:
+    """``base`` with the flags ``options``.
+
+    Raises:
+        ValueError: an unknown name, field, type or range; the message says what is allowed.
+    """
     options = dict(options)
-    base = (
-        from_file(presets.preset(preset or "default"), file)
-        if file
-        else presets.preset(preset or "default")
-    )
     if learner := take(options, "--learner"):
         base = dataclasses.replace(base, learner=chosen_learner(base, learner))
     if "--defence" in options:

@@ -38,7 +38,7 @@ class Onlooker(Record):
 
     def restore(self) -> tuple[int, dict[str, Any]] | None:
         """What the main process went back to; it has been there before."""
-        commits = self._commits()
+        commits = self.commits()
         if not commits:
             return None
         round = commits[-1]["round"]

@@ -3,7 +3,8 @@
     manifest.json                what was asked for, versions, git state, hashes of the models
     rounds.jsonl                 one row per round
     labels/ truth/ samples/      tables as parts, part-<round>.parquet
-    checkpoints/round-<n>/       state.safetensors + state.json: the last two
+    checkpoints/round-<n>/       state.safetensors + state.json: the last two, every
+                                 ``keep_every``-th, and the one that a fork begins with
     policies/round-<n>.safetensors   evaluated policies, for the true crossing and for forks;
                                  a folder of peft's files where adapters are trained
     commits.jsonl                after each checkpoint: every new file's length and hash
@@ -152,10 +153,21 @@ class Record:
 
     def _prune(self, newest: int) -> None:
         rounds = sorted(int(p.name[-6:]) for p in (self.path / "checkpoints").iterdir())
-        kept = {newest, *rounds[-2:]}
+        manifest = json.loads((self.path / "manifest.json").read_text())
+        every = manifest.get("config", {}).get("keep_every", 0)
+        kept = {newest, *rounds[-2:], manifest.get("fork", {}).get("at")}
         for round in rounds:
-            if round not in kept:
+            if round not in kept and not (every and round and round % every == 0):
                 shutil.rmtree(self._folder(round))
+
+    def checkpoints(self) -> list[int]:
+        """The rounds whose whole state is still here, in order."""
+        held = (c for c in self.commits() if self._folder(c["round"]).is_dir())
+        return [commit["round"] for commit in held if self._intact(commit)]
+
+    def state(self, round: int) -> dict[str, Any]:
+        """What :meth:`checkpoint` was given in ``round``, one of :meth:`checkpoints`."""
+        return load_state(self._folder(round))
 
     def restore(self) -> tuple[int, dict[str, Any]] | None:
         """Go back to the newest intact commit: its round and state, or None.
@@ -164,22 +176,58 @@ class Record:
             ValueError: a table or policy of an earlier commit is damaged or gone, which no
                 resuming can mend.
         """
-        commits = self._commits()
+        commits = self.commits()
         while commits and not self._intact(commits[-1]):
             commits.pop()
-        earlier = (item for commit in commits[:-1] for item in commit["files"].items())
-        for name, written in earlier:
-            if not name.startswith("checkpoints/") and not self._holds(name, *written):
+        self._check_kept(commits[:-1])
+        if not commits and "fork" in json.loads((self.path / "manifest.json").read_text()):
+            raise UsageError(
+                f"run={str(self.path)!r} is a fork, and no checkpoint of it is whole; allowed: "
+                "to fork again"
+            )
+        self._drop_after(commits)
+        if not commits:
+            return None
+        return commits[-1]["round"], self.state(commits[-1]["round"])
+
+    def adopt(self, source: Record, round: int) -> None:
+        """Begin with all that ``source`` recorded up to ``round``; its state is yet to be saved.
+
+        Files that are never written again are linked where the file system can.
+
+        Args:
+            source: another directory's record.
+            round: one of its :meth:`checkpoints`.
+
+        Raises:
+            ValueError: a table or policy of it is damaged or gone.
+        """
+        commits = [commit for commit in source.commits() if commit["round"] <= round]
+        for name in source._check_kept(commits):
+            path = self.path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(source.path / name, path)
+            except OSError:
+                shutil.copyfile(source.path / name, path)
+        self._fresh = [self.path / name for name in source._check_kept(commits[-1:])]
+        head = (source.path / "rounds.jsonl").read_bytes()[: commits[-1]["rounds"][0]]
+        self._go_back(head, commits[:-1])
+
+    def _check_kept(self, commits: list[dict[str, Any]]) -> list[str]:
+        """The files of ``commits`` that are there for good, which all must be whole."""
+        files = [item for commit in commits for item in commit["files"].items()]
+        kept = [(name, fact) for name, fact in files if not name.startswith("checkpoints/")]
+        for name, written in kept:
+            if not self._holds(name, *written):
                 raise UsageError(
                     f"run={str(self.path)!r}: {name} is damaged or gone; allowed: the file as it "
                     "was written, or a new run"
                 )
-        self._drop_after(commits)
-        if not commits:
-            return None
-        return commits[-1]["round"], load_state(self._folder(commits[-1]["round"]))
+        return [name for name, _ in kept]
 
-    def _commits(self) -> list[dict[str, Any]]:
+    def commits(self) -> list[dict[str, Any]]:
+        """What was committed: round, length and hash of every file, in order."""
         path = self.path / "commits.jsonl"
         commits: list[dict[str, Any]] = []
         for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
@@ -218,12 +266,16 @@ class Record:
         length = commits[-1]["rounds"][0] if commits else 0
         rounds = self.path / "rounds.jsonl"
         head = rounds.read_bytes()[:length] if rounds.exists() else b""
-        write_atomic(rounds, head)
-        self._rounds_hash = hashlib.blake2b(head, digest_size=16)
-        self._rounds_length = length
+        self._go_back(head, commits)
+        (self.path / "summary.json").unlink(missing_ok=True)
+
+    def _go_back(self, rows: bytes, commits: list[dict[str, Any]]) -> None:
+        """Stand where ``rows`` are all rows and ``commits`` all commits."""
+        write_atomic(self.path / "rounds.jsonl", rows)
+        self._rounds_hash = hashlib.blake2b(rows, digest_size=16)
+        self._rounds_length = len(rows)
         lines = [dumps({**commit, "checksum": _checksum(commit)}) + "\n" for commit in commits]
         write_atomic(self.path / "commits.jsonl", "".join(lines).encode())
-        (self.path / "summary.json").unlink(missing_ok=True)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json``; its presence means the run ended."""

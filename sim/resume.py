@@ -22,6 +22,18 @@ def saved_config(path: Path) -> Config | None:
     return from_manifest(manifest) if manifest.is_file() else None
 
 
+def recorded_config(path: Path) -> Config:
+    """The config of the run in ``path``.
+
+    Raises:
+        ValueError: there is no run.
+    """
+    config = saved_config(path)
+    if config is None:
+        raise UsageError(f"run={str(path)!r} has no manifest.json; allowed: a run directory")
+    return config
+
+
 def is_finished(path: Path, config: Config) -> bool:
     """Whether ``path`` holds the whole run of ``config``."""
     return (path / "summary.json").is_file() and saved_config(path) == config
@@ -38,21 +50,28 @@ def resumable(path: Path, rounds: int | None = None, trust_plugins: bool = False
     Raises:
         ValueError: no run there, nothing left to do, an earlier end, or code that is not trusted.
     """
-    config = saved_config(path)
-    if config is None:
-        raise UsageError(f"run={str(path)!r} has no manifest.json; allowed: a run directory")
-    outside = list(plugins(config))
-    if outside and not trust_plugins:
-        raise UsageError(
-            f"run={str(path)!r} would execute {', '.join(outside)}; "
-            "allowed: add --trust-plugins if that code is yours"
-        )
+    config = recorded_config(path)
+    check_trust(path, config, trust_plugins)
     longest = config.rounds
     if rounds is not None and rounds < longest:
         raise UsageError(f"rounds={rounds}; allowed: >= {longest}, the run's own")
     if (path / "summary.json").is_file():
         _refuse_ended(path, config, rounds or longest)
     return replace(config, rounds=rounds or longest)
+
+
+def check_trust(path: Path, config: Config, trust_plugins: bool) -> None:
+    """Refuse to execute what the run in ``path`` names, unless its user says so.
+
+    Raises:
+        ValueError: it names code outside the project, which is not trusted.
+    """
+    outside = list(plugins(config))
+    if outside and not trust_plugins:
+        raise UsageError(
+            f"run={str(path)!r} would execute {', '.join(outside)}; "
+            "allowed: add --trust-plugins if that code is yours"
+        )
 
 
 def _refuse_ended(path: Path, config: Config, rounds: int) -> None:

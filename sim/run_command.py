@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from agents.learners import learners
 from envs.registry import brief
-from envs.usage import Interrupted, UsageError
+from envs.usage import Interrupted
 from sim import flags
-from sim.checks import check, check_out, plugins, settled
+from sim.checks import check, check_new, plugins, settled
 from sim.cli import parser_of
 from sim.closing import closing, owned, prepare_line
 from sim.config import DEFAULT_ATTACK, Config
@@ -56,17 +57,8 @@ def run(words: list[str]) -> int:
     _announce(config, options)
     out = Path(chosen_out) if chosen_out else default_out(config)
     if is_main():
-        _check_new(out)
-    return _execute(config, out, resume=False, words=words)
-
-
-def _check_new(out: Path) -> None:
-    if out.exists():
-        raise UsageError(
-            f"out={str(out)!r} exists; allowed: a new directory, "
-            f"or continue it with `poisonloop resume {shlex.quote(str(out))}`"
-        )
-    check_out(out)
+        check_new(out)
+    return execute(config, out, resume=False, words=words)
 
 
 def _run_help(preset: str | None, options: dict[str, list[str]]) -> int:
@@ -104,7 +96,18 @@ def default_out(config: Config) -> Path:
     )
 
 
-def _execute(config: Config, out: Path, resume: bool, words: list[str]) -> int:
+def execute(
+    config: Config, out: Path, resume: bool, words: Sequence[str] = (), following: str = ""
+) -> int:
+    """Run ``config`` in ``out`` under a progress bar, report on it, and say what came of it.
+
+    Args:
+        config: a checked one.
+        out: the run directory.
+        resume: whether it is there already.
+        words: what could be typed after ``poisonloop run`` to run it anew.
+        following: what to type next, in place of what the outcome suggests.
+    """
     from agents.processes import main_first
     from sim.analysis.report import write_report
     from sim.run import run as run_loop
@@ -123,7 +126,7 @@ def _execute(config: Config, out: Path, resume: bool, words: list[str]) -> int:
     if not is_main():
         return 0
     outside = any(plugins(config))
-    print(closing(summary, out, write_report([out], out), words, outside))
+    print(closing(summary, out, write_report([out], out), words, outside, following))
     return 0
 
 
@@ -139,4 +142,4 @@ def resume(words: list[str]) -> int:
     config = resumable(asked.dir, asked.rounds, asked.trust_plugins)
     check(config)
     again = ["--config", str(asked.dir / "manifest.json")]
-    return _execute(config, asked.dir, resume=True, words=again)
+    return execute(config, asked.dir, resume=True, words=again)

@@ -16,8 +16,10 @@ from envs.registry import brief, shortest
 
 SEEDS = ("seed", "world.seed", "world.model_seed")
 """Fields that make replicates of an arm, not another arm."""
-_NAMED = {"learner.name", "attack.name", "attack.rho", "defences", *SEEDS}
-_RECORD_ONLY = {"checkpoint_every", "samples_per_round", "evaluation.n_true"}
+FORK = ("fork.at", "fork.before")
+"""Fields that a run has which was forked: where, and what was otherwise until then."""
+_NAMED = {"learner.name", "attack.name", "attack.rho", "defences", *FORK, *SEEDS}
+_RECORD_ONLY = {"checkpoint_every", "keep_every", "samples_per_round", "evaluation.n_true"}
 """Fields that change what is written of a run and nothing that happens in it."""
 _SPECS = {"attack.name", "defences", "feedback.behaviours"}
 
@@ -44,15 +46,23 @@ def arm_names(configs: Sequence[Mapping[str, Any]]) -> list[str]:
         ]
         name = " ".join([base_name(known), *more])
         names.append(f"{learner}: {name}" if several else name)
-    return names
+    befores: dict[str, set[Any]] = {}
+    for name, known in zip(names, fields, strict=True):
+        befores.setdefault(name, set()).add(known.get("fork.before"))
+    return [
+        f"{name} (before: {known['fork.before']})" if len(befores[name]) > 1 else name
+        for name, known in zip(names, fields, strict=True)
+    ]
 
 
 def base_name(known: Mapping[str, Any]) -> str:
-    """Attack and defences, from the flat fields of a configuration."""
+    """Attack and defences, from the flat fields of a configuration; of a fork, since when."""
     known = dict(acting(known))
     rho = known.get("attack.rho")
     attack = f"{brief(str(known.get('attack.name')))} ρ={rho:g}" if rho else "clean"
-    return " + ".join([attack, *map(brief, known.get("defences", []))])
+    at = known.get("fork.at")
+    fork = "" if at is None else f" from round {at}"
+    return " + ".join([attack, *map(brief, known.get("defences", []))]) + fork
 
 
 def replicate(known: Mapping[str, Any]) -> str:

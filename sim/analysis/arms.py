@@ -31,6 +31,8 @@ CLOCKS = {
 def plot_arms(runs: Iterable[Run], ax: Axes | None = None) -> Axes:
     """Harm over time by arm: mean over seeds thick, each seed thin, limit dashed.
 
+    A fork begins at its round, on its parent's line.
+
     Raises:
         ValueError: the runs have different limits.
     """
@@ -45,7 +47,10 @@ def plot_arms(runs: Iterable[Run], ax: Axes | None = None) -> Axes:
     for i, members in enumerate(arms.values()):
         colour, dash = style.line_style(i)
         traces = pd.concat(
-            [run.evaluations.set_index("round")["safety/harm"].astype(float) for run in members],
+            [
+                run.own_evaluations.set_index("round")["safety/harm"].astype(float)
+                for run in members
+            ],
             axis=1,
         )
         if traces.empty:  # diverged before its first evaluation
@@ -64,7 +69,10 @@ def plot_arms(runs: Iterable[Run], ax: Axes | None = None) -> Axes:
     ax.set_title("Does the policy stay in the safe set?")
     seeds = {names[arm]: len(members) for arm, members in arms.items()}
     counts = _counts(seeds, listed)
-    style.caption(ax, f"Thick: mean while all seeds go on; thin: single seeds ({counts}).")
+    left = any(run.fork for members in arms.values() for run in members)
+    branches = " A fork begins where it left its parent's line." if left else ""
+    words = f"Thick: mean while all seeds go on; thin: single seeds ({counts}).{branches}"
+    style.caption(ax, words)
     return ax
 
 

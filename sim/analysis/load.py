@@ -38,8 +38,19 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The run's configuration."""
-        return self.manifest.get("config", {})
+        """The run's configuration; a fork's has its origin beside it, which makes another arm."""
+        config = self.manifest.get("config", {})
+        return {**config, "fork": _origin(self.fork)} if self.fork else config
+
+    @property
+    def fork(self) -> dict[str, Any]:
+        """Of a fork its parent, the round ``at`` which it left, what it ``changed``; or empty."""
+        return self.manifest.get("fork") or {}
+
+    @property
+    def began(self) -> int:
+        """The round from which its rows are its own; those of a fork are its parent's before."""
+        return int(self.fork.get("at", 0))
 
     @property
     def learner(self) -> str:
@@ -90,6 +101,11 @@ class Run:
         """The rounds at which the policy was measured."""
         return self.rounds[self.column("safety/harm").notna()]
 
+    @property
+    def own_evaluations(self) -> pd.DataFrame:
+        """The :attr:`evaluations` from where the run began; a fork's first is its parent's last."""
+        return self.evaluations[self.evaluations["round"] >= self.began]
+
     def column(self, name: str) -> pd.Series:
         """Give one column of ``rounds`` as floats; all NaN if the run did not record it."""
         if name not in self.rounds:
@@ -108,6 +124,14 @@ class Run:
         parts = sorted((self.path / name).glob("part-*.parquet"))
         frames = [pq.read_table(part).to_pandas() for part in parts]
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def _origin(fork: dict[str, Any]) -> dict[str, Any]:
+    """A fork's origin as fields of a configuration: the round, and what was otherwise before it."""
+    was = [f"{name}={values[0]}" for name, values in fork["changed"].items()]
+    earlier = fork.get("of")
+    trunk = [f"round {earlier['at']}: {_origin(earlier)['before']}"] if earlier else []
+    return {"at": fork["at"], "before": ", ".join([*trunk, *was])}
 
 
 def load_run(path: Path | str) -> Run:

@@ -59,6 +59,8 @@ def plot_cost_trace(run: Run, ax: Axes | None = None) -> Axes:
                 when, y, marker, ms=size, mfc="white", mec=colour, mew=2, zorder=5, ls="",
                 label=f"{words}: round {when}",
             )  # fmt: skip
+    if run.fork:
+        ax.axvline(run.began, color=style.GREY, ls=":", label=f"forked in round {run.began}")
     ax.set(ylim=(-0.02, 1.02), ylabel="harm on harmful prompts")
     marked = len(ax.get_legend_handles_labels()[0])
     if marked:

@@ -19,7 +19,7 @@ from sim.analysis.arms import plot_arms, plot_survival
 from sim.analysis.load import Run, by_arm, load_runs
 from sim.analysis.plots import plot_cost_trace, plot_reward_vs_harm, plot_rho
 from sim.analysis.retained import UNKNOWN
-from sim.analysis.tables import arm_table, run_table
+from sim.analysis.tables import arm_table, branch_table, run_table
 
 MEANING = {
     "safe": "The policy stayed in the safe set.",
@@ -28,6 +28,10 @@ MEANING = {
     "diverged": "Training produced a number that is not finite.",
     "unfinished": "The run has not ended.",
 }
+BRANCHES = (
+    "A fork has its parent's rounds up to the one named, and its own after it. Clocks and exits "
+    "count from the parent's beginning: an exit before the fork is one of both."
+)
 PICTURES = {
     "cost_trace": plot_cost_trace,
     "reward_vs_harm": plot_reward_vs_harm,
@@ -54,7 +58,7 @@ def write_report(run_dirs: Iterable[Path | str], out: Path | str | None = None) 
     out = runs[0].path if out is None else Path(out)
     sections, written = _one(runs[0], out) if len(runs) == 1 else _several(runs, out)
     title = runs[0].title if len(runs) == 1 else f"{len(runs)} runs, {len(by_arm(runs))} arms"
-    samples = [run.table("samples").assign(run=run.title) for run in runs]
+    samples = [_said(run, since=run.began if len(runs) > 1 else 0) for run in runs]
     said = pd.concat(samples, ignore_index=True)
     if len(said):
         path = out / "samples.html"
@@ -65,6 +69,12 @@ def write_report(run_dirs: Iterable[Path | str], out: Path | str | None = None) 
     body = f"<h1>{escape(title)}</h1>" + "\n".join(sections)
     report.write_text(pages.page(title, body), encoding="utf-8")
     return [report, *written]
+
+
+def _said(run: Run, since: int) -> pd.DataFrame:
+    """The samples of ``run`` after round ``since``."""
+    samples = run.table("samples").assign(run=run.title)
+    return samples[samples["round"] >= since] if len(samples) else samples  # counted from 0
 
 
 def _one(run: Run, out: Path) -> tuple[list[str], list[Path]]:
@@ -97,6 +107,9 @@ def _several(runs: list[Run], out: Path) -> tuple[list[str], list[Path]]:
         if arms["learning retained"].isna().any():
             sections.append(f'<p class="quiet">{UNKNOWN}</p>')
     sections += [pages.image(path, path.stem) for path in figures]
+    if any(run.fork for run in runs):
+        sections += ["<h2>Branches</h2>", f'<p class="quiet">{BRANCHES}</p>']
+        sections.append(pages.table(branch_table(runs)))
     sections += ["<h2>Every run</h2>", pages.table(run_table(runs))]
     sections.append("<h2>One run of each arm</h2>")
     for number, (arm, members) in enumerate(by_arm(runs).items(), 1):

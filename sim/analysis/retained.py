@@ -32,8 +32,8 @@ RETAINED = 0.5
 
 
 def clean_twins(runs: Iterable[Run]) -> dict[str, Run]:
-    """The clean, undefended runs that have a help gain, by their identity."""
-    clean = (run for run in runs if identity(run.config) == twin(run))
+    """The clean, undefended runs that have a help gain, by their identity; no fork is one."""
+    clean = (run for run in runs if identity(run.config) == twin(run) and not run.fork)
     return {twin(run): run for run in clean if run.summary.get("help_gain") is not None}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from envs.registry import brief
 from sim.analysis.arm_names import SEEDS, identity
 from sim.analysis.load import Run, by_arm
 from sim.analysis.retained import clean_twins, holds, learning_retained
@@ -43,6 +44,45 @@ def run_table(runs: Iterable[Run]) -> pd.DataFrame:
     return pd.DataFrame(rows).astype(
         {f"{kind} exit": "Int64" for kind in ("naive", "confirmed", "true")}
     )
+
+
+def branch_table(runs: Iterable[Run]) -> pd.DataFrame:
+    """One row per fork: where it left its parent, what it changed, and where both came to."""
+    runs = list(runs)
+    known = {str(run.path.resolve()): run for run in runs}
+    rows = []
+    for run in (run for run in runs if run.fork):
+        parent = known.get(run.fork["parent"])
+        there = run.own_evaluations["safety/harm"]
+        rows.append(
+            {
+                "branch": run.title,
+                "parent": parent.title if parent else run.fork["parent"],
+                "from round": run.began,
+                "changed": _changed(run.fork["changed"]),
+                "harm there": float(there.iloc[0]) if len(there) else None,
+                "harm at end": run.summary.get("harm_end"),
+                "parent's harm at end": parent and parent.summary.get("harm_end"),
+                "help at end": run.summary.get("help_end"),
+                "parent's help at end": parent and parent.summary.get("help_end"),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _changed(fields: dict[str, list[Any]]) -> str:
+    """What a fork changed, in words; the fields of a section by the section's name if it is new."""
+    names = [name for name in fields if f"{name.partition('.')[0]}.name" in (name, *fields)]
+    named = {name.partition(".")[0] for name in names}
+    told = [n for n in fields if n.partition(".")[0] not in named or n.endswith((".name", ".rho"))]
+    words = [f"{name} {_plain(fields[name][0])} → {_plain(fields[name][1])}" for name in told]
+    return "; ".join(words) or "nothing"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return " + ".join(map(brief, value)) or "none"
+    return "none" if value is None else brief(value) if isinstance(value, str) else f"{value:g}"
 
 
 def arm_rows(runs: Iterable[Run]) -> list[dict[str, Any]]:
