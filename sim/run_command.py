@@ -75,7 +75,8 @@ def _announce(config: Config, options: dict[str, list[str]]) -> None:
     text, attack = config.text, config.attack
     if text.model and not (text.classifier or text.judge):
         print("harm: judged by refusal phrases alone; --text.classifier DIR or --text.judge DIR")
-        print(f"      reads the answers (`{prepare_line(config)}` trains a classifier)")
+        print(f"      reads the answers (`{prepare_line(config)}` trains a classifier;")
+        print("      with --dry-run it says size and time)")
     given = {"--attack", "--attack.name"} & options.keys()
     if attack.rho and not given and attack.name in (DEFAULT_ATTACK, flags.CROWD_ATTACK):
         print(f"attack: {attack.name} at rho {attack.rho:g} (the default; choose with --attack)")

@@ -187,7 +187,9 @@ def named(runs: Iterable[Run]) -> list[Run]:
 def _load_folder(folder: Path) -> list[Run]:
     found = []
     for path, inside, files in os.walk(folder):
-        inside[:] = [] if "manifest.json" in files else sorted(inside)  # nothing is inside a run
+        # Nothing is inside a run; what is set aside or not yet whole has a hidden name.
+        plain = sorted(name for name in inside if not name.startswith("."))
+        inside[:] = [] if "manifest.json" in files else plain
         found += [Path(path)] if "manifest.json" in files else []
     begun = [path for path in found if _has_a_round(path / "rounds.jsonl")]
     _say_left_out([path for path in found if path not in begun], "no round yet")

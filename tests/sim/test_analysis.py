@@ -212,6 +212,7 @@ def test_runs_are_found_at_any_depth(tmp_path):
     inner = write_run(tmp_path / "sweep" / "of" / "b", rounds=3, seed=1)
     (inner / "checkpoints").mkdir()
     (inner / "checkpoints" / "manifest.json").write_text("{}")  # a run holds no runs
+    write_run(tmp_path / ".retried" / "a.1", rounds=3)  # nor does what was set aside count
     assert [run.path for run in load_runs([tmp_path])] == [tmp_path / "a", inner]
 
 
