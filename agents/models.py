@@ -71,7 +71,7 @@ class ModelConfig:
             raise UsageError("model.device='cuda'; allowed: cpu (torch finds no GPU here)")
         device = ("cuda" if real and cuda else "cpu") if self.device == "auto" else self.device
         here, cards = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-        if device == "cuda" and here > cards:
+        if device == "cuda" and here > max(1, cards):
             raise UsageError(f"{here} processes on a machine of {cards} GPUs; allowed: one a GPU")
         again = self.gradient_checkpointing
         again = ("on" if real else "off") if again == "auto" else again
