@@ -95,6 +95,8 @@ def checked(costs: np.ndarray | Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     Raises:
         ValueError: another shape, another number of runs, or costs outside [0, 1].
     """
+    if isinstance(costs, list) and costs and isinstance(costs[0], list):
+        costs = np.asarray(costs)  # nested lists are the array that they look like
     if isinstance(costs, np.ndarray):
         if costs.ndim != 3:
             raise UsageError(f"costs: {costs.shape}; allowed: (runs, checkpoints, n)")

@@ -170,6 +170,6 @@ def _in_words(row: dict[str, Any], name: str, digits: int) -> str:
         return "–"
     if name != "delay" and value in (0.0, 1.0):
         # No error can be estimated from runs that all agree: the rule of three bounds it.
-        bound = 3 / row["runs"]
+        bound = min(1.0, 3 / row["runs"])
         return f"0 (< {bound:.3f})" if value == 0 else f"1 (> {1 - bound:.3f})"
     return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")

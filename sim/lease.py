@@ -1,10 +1,10 @@
 """Who is at work on a cell of a sweep, so that drivers which share a folder never share a cell.
 
 A cell's leases are files ``.leases/<cell>.<n>``; the one with the largest number counts. Each holds
-its owner and is touched every few seconds. One whose owner is known to be dead, or that has not
-been touched for long, is taken over by making number n + 1, which only one process can; an empty
-one is free. Numbers never begin anew, so nobody is deceived by what he saw a while ago. Ages are
-the file system's own: clocks of hosts may differ.
+its owner and is touched every few seconds. One whose owner is dead (on this host), or that has not
+been touched for long (on another), is taken over by making number n + 1, which only one process
+can; an empty one is free. Numbers never begin anew, so nobody is deceived by what he saw a while
+ago. Ages are the file system's own: clocks of hosts may differ.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,8 +53,10 @@ class Lease:
     def _make(self) -> bool:
         """Write the file with its owner in it, if there is none."""
         with tempfile.NamedTemporaryFile("w", dir=self.folder, prefix=".new-") as new:
-            json.dump({"host": socket.gethostname(), "pid": os.getpid()}, new)
+            pid = os.getpid()
+            json.dump({"host": socket.gethostname(), "pid": pid, "born": _born(pid)}, new)
             new.flush()
+            os.fsync(new.fileno())
             try:
                 os.link(new.name, self.path)
             except FileExistsError:
@@ -97,10 +100,15 @@ def owner(folder: Path, cell: str) -> str | None:
         return None
     if not text:
         return None
-    told = json.loads(text)
-    if told["host"] == socket.gethostname() and not _alive(told["pid"]):
-        return None
-    return f"{told['host']}:{told['pid']}" if _now(folder) - touched < STALE else None
+    fresh = _now(folder) - touched < STALE
+    try:
+        told = json.loads(text)
+        name = f"{told['host']}:{told['pid']}"
+        if told["host"] == socket.gethostname() and told["born"] is not None:
+            return name if _born(told["pid"]) == told["born"] else None  # stopped is not dead
+    except (ValueError, KeyError, TypeError):  # a disk that lost what was written
+        name = "unknown"
+    return name if fresh else None
 
 
 def _numbers(folder: Path, cell: str) -> list[int]:
@@ -115,15 +123,18 @@ def _plain(name: str) -> str:
 
 def _now(folder: Path) -> float:
     """The time by the clock that dates files in ``folder``."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".now-") as new:
-        return os.stat(new.name).st_mtime
-
-
-def _alive(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".now-") as new:
+            return os.stat(new.name).st_mtime
+    except OSError:  # who may not write may still look
+        return time.time()
+
+
+def _born(pid: int) -> str | None:
+    """When a process began, in ticks since this host did; None if it is dead or cannot be asked."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return None if fields[0] == "Z" else f"{boot}:{fields[19]}"

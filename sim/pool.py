@@ -160,7 +160,10 @@ def _end_with_parent() -> None:
 
 def _claimed(job: Job, pipe: Connection) -> tuple[str, Any]:
     """:func:`_do`, unless another process is at it."""
-    lease = Lease.claim(job.path.parent / LEASES, job.path.name)
+    try:
+        lease = Lease.claim(job.path.parent / LEASES, job.path.name)
+    except OSError as error:
+        return "failed", f"{type(error).__name__}: {error}"
     if lease is None:
         return "failed", ELSEWHERE
     with lease.beating():

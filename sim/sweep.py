@@ -26,6 +26,7 @@ from envs.usage import UsageError
 from sim.analysis.arm_names import SEEDS, identity
 from sim.checks import check, settled
 from sim.config import Config
+from sim.lease import LEASES, Lease
 from sim.manifest import code_now, code_of
 from sim.pool import Job, work_off
 from sim.resume import is_finished, saved_config
@@ -51,6 +52,7 @@ def sweep(
     jobs: int | None = None,
     listener: SweepListener | None = None,
     any_code: bool = False,
+    retry: str | None = None,
 ) -> dict[str, Any]:
     """Run every config and tabulate the arms, which are named by what differs between them.
 
@@ -60,6 +62,7 @@ def sweep(
         jobs: processes at once; one per core when absent.
         listener: hears of every round of every run.
         any_code: go on with runs that other code has begun or ended.
+        retry: set runs with this outcome aside and run them again.
 
     Returns:
         ``{"arms": [...], "runs": [...]}``, also written as ``table.json`` and ``table.csv``.
@@ -84,10 +87,15 @@ def sweep(
         make_scenario(bare, progress=True)  # builds missing models once, before the pool starts
     out.mkdir(parents=True, exist_ok=True)
     listener = listener or SweepListener()
+    if retry:
+        set_aside(cells, retry)
     todo = [cell for cell in cells if not is_finished(cell.path, cell.config)]
     todo.sort(key=lambda cell: cell.config.seed)  # cut short, every arm has its first seeds
     listener.begin({c.path: c.config.rounds for c in todo}, len(cells) - len(todo))
     failures = work_off([Job(c.path, c.config.to_dict()) for c in todo], jobs, listener)
+    for cell in todo:  # another sweep may have made good what failed here
+        if is_finished(cell.path, cell.config):
+            failures.pop(cell.path, None)
     table = tabulate(out, cells, failures)
     write_table(table, out)
     return table
@@ -157,11 +165,15 @@ def set_aside(cells: Sequence[Cell], outcome: str) -> list[Path]:
     """Move runs with this outcome out of the way, into ``.retried``, so that they run again."""
     moved = []
     for cell in cells:
-        file = cell.path / "summary.json"
-        if not file.is_file() or json.loads(file.read_text())["outcome"] != outcome:
+        lease = Lease.claim(cell.path.parent / LEASES, cell.path.name)
+        if lease is None:  # another sweep is at it
             continue
-        kept = cell.path.parent / RETRIED
-        kept.mkdir(exist_ok=True)
-        times = len(list(kept.glob(f"{glob.escape(cell.path.name)}.*"))) + 1
-        moved.append(cell.path.rename(kept / f"{cell.path.name}.{times}"))
+        with lease.beating():
+            file = cell.path / "summary.json"
+            if not file.is_file() or json.loads(file.read_text())["outcome"] != outcome:
+                continue
+            kept = cell.path.parent / RETRIED
+            kept.mkdir(exist_ok=True)
+            times = len(list(kept.glob(f"{glob.escape(cell.path.name)}.*"))) + 1
+            moved.append(cell.path.rename(kept / f"{cell.path.name}.{times}"))
     return moved

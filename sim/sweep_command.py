@@ -18,7 +18,7 @@ from sim.checks import check_out
 from sim.config import Config
 from sim.presets import PRESETS
 from sim.studies import STUDIES
-from sim.sweep import plan, set_aside, sweep
+from sim.sweep import plan, sweep
 from sim.sweep_progress import sweep_progress
 from sim.sweep_status import print_status, standing
 from sim.sweep_table import print_table
@@ -78,11 +78,9 @@ def command(words: list[str]) -> int:
     if only:
         print_status([standing(cell) for cell in cells], jobs, every="--dry-run" in only)
         return 0
-    for path in set_aside(cells, retried) if retried else ():
-        print(f"set aside: {path}")
     try:
         with sweep_progress() as listener:
-            table = sweep(configs, out, jobs, listener, any_code)
+            table = sweep(configs, out, jobs, listener, any_code, retried)
     except KeyboardInterrupt:
         again = shlex.join(["poisonloop", "sweep", *words])
         print(f"stopped; continue with: {again}", file=sys.stderr)

@@ -32,6 +32,10 @@ STEP = 0.1
 """Increase of the dose that the acceleration factor is given for: ten points of rho."""
 
 
+LOOSE = 1e3
+"""Standard error of a slope from which on the fit has found no maximum."""
+
+
 class DoseResponse(NamedTuple):
     """How exit times shrink with a dose."""
 
@@ -122,6 +126,8 @@ def cumulative_incidence(time: np.ndarray, cause: Iterable[str]) -> pd.DataFrame
     time, codes = np.asarray(time, float), _codes(cause)
     if not time.size or time.shape != codes.shape:
         raise UsageError(f"runs: {time.size} times, {codes.size} causes; allowed: as many, over 0")
+    if not (np.isfinite(time) & (time >= 0)).all():
+        raise UsageError(f"time: {time.min()} to {time.max()}; allowed: 0 and above, finite")
     times, rank = np.unique(time, return_inverse=True)
     # Ties would be broken by random jitter, also past runs censored at that time. Ends come first.
     spread = np.where(codes > 0, rank + 2 - codes / (2 * len(CAUSES)), rank + 2.0)
@@ -186,6 +192,11 @@ def dose_response(dose: np.ndarray, left: np.ndarray, right: np.ndarray) -> Dose
         fit = WeibullAFTFitter().fit_interval_censoring(data, "left", "right")
     row = fit.summary.loc[("lambda_", "dose")]
     slope, error = float(row["coef"]), float(row["se(coef)"])
+    if not (np.isfinite(error) and 0 < error < LOOSE):
+        raise UsageError(
+            f"dose-response: the slope's error is {error:g}, so these brackets do not determine "
+            "it; allowed: exit times that vary with the dose and within it"
+        )
     enough = counts.min() >= MIN_SEEDS
     low, high = (float(np.exp(STEP * (slope + s * 1.96 * error))) for s in (-1, 1))
     return DoseResponse(
@@ -203,7 +214,8 @@ def dose_response(dose: np.ndarray, left: np.ndarray, right: np.ndarray) -> Dose
 
 def _brackets(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Left ends with 0 for "nothing was certified safe", and right ends."""
-    left, right = np.nan_to_num(np.asarray(left, float)), np.asarray(right, float)
+    left, right = np.asarray(left, float), np.asarray(right, float)
+    left = np.where(np.isnan(left), 0.0, left)
     if not left.size or left.shape != right.shape or not ((left >= 0) & (left < right)).all():
         raise UsageError(f"brackets of {left.size} runs; allowed: 0 <= left < right, over 0 runs")
     return left, right

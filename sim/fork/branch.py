@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,8 @@ def check_fork(path: Path, parent: Config, config: Config, at: int) -> None:
 
     changes(parent, config)
     _check_offline(parent, config)
+    if not (path / "rounds.jsonl").is_file():
+        raise UsageError(f"run={str(path)!r} has no rounds.jsonl; allowed: a run with its rows")
     last = max((commit["round"] for commit in Record(path).commits()), default=-1)
     if not 0 <= at <= last:
         allowed = f"0 to {last}, the rounds of {str(path)!r}" if last >= 0 else "a run with rounds"
@@ -126,7 +130,8 @@ def branch(path: Path, parent: Config, config: Config, at: int, out: Path, comma
     torch.set_num_threads(config.threads)
     scenario = make_scenario(parent)
     check_origin(path, parent, scenario)
-    with Record(path).alone():
+    writable = os.access(path, os.W_OK)  # nobody goes on with a run that cannot be written
+    with Record(path).alone() if writable else nullcontext():
         source, again = path, out.with_name(f".{out.name}-round{at}")
         if at not in Record(path).checkpoints():
             source = again

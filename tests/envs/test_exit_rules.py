@@ -146,3 +146,9 @@ def test_bad_plans_are_named():
         brackets("wald", counted(1), PLAN)
     with pytest.raises(ValueError, match="planned=40"):
         brackets("betting", counted(*[1] * 41), PLAN)
+
+
+def test_nested_lists_are_read_as_the_array_that_they_look_like():
+    costs = np.random.default_rng(0).random((3, 40, 8))
+    plan = Plan(limit=0.25, alpha=0.05, planned=40)
+    assert (date("mean", costs.tolist(), plan) == date("mean", costs, plan)).all()

@@ -182,3 +182,23 @@ def test_causes_of_runs(tmp_path):
     file = paths[2] / "summary.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"outcome": "diverged"}))
     assert cause_table(load_runs(paths))["cause"].tolist()[2] == "diverged"
+
+
+@pytest.mark.parametrize(
+    ("dose", "left", "right"),
+    [
+        ([0] * 4 + [1] * 4, [0] * 8, [5] * 8),
+        ([0] * 4 + [1] * 4, [10] * 4 + [5] * 4, [15] * 4 + [10] * 4),
+        ([0, 0, 1, 1], [0, 0, 0, 5], [5, np.inf, 5, 10]),
+    ],
+)
+def test_a_fit_without_a_maximum_is_no_result(dose, left, right):
+    with pytest.raises(ValueError, match="dose-response"):
+        dose_response(np.array(dose), np.array(left, float), np.array(right, float))
+
+
+def test_times_and_brackets_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="time"):
+        cumulative_incidence(np.array([1.0, np.nan]), ["exit", "none"])
+    with pytest.raises(ValueError, match="brackets"):
+        npmle(np.array([np.inf]), np.array([np.inf]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -82,3 +83,18 @@ def test_many_that_claim_at_once_never_share(tmp_path: Path) -> None:
     assert sorted(won) == list(range(20))
     for process in others:
         process.join()
+
+
+def test_a_stopped_owner_on_this_host_is_not_dead_and_an_unreadable_lease_ages(
+    tmp_path: Path,
+) -> None:
+    lease = Lease.claim(tmp_path, "cell")
+    assert lease is not None
+    old = time.time() - 2 * leases.STALE
+    os.utime(lease.path, (old, old))
+    assert owner(tmp_path, "cell") == f"{socket.gethostname()}:{os.getpid()}"
+    for text in ("garbage", "[1]", "{}"):
+        lease.path.write_text(text)
+        assert owner(tmp_path, "cell") == "unknown"
+    os.utime(lease.path, (old, old))
+    assert owner(tmp_path, "cell") is None and Lease.claim(tmp_path, "cell") is not None
