@@ -29,7 +29,7 @@ def tabulate(out: Path, cells: Sequence[Cell], failures: Mapping[Path, str]) -> 
 
     from sim.analysis.load import Run, by_arm, load_runs, named
     from sim.analysis.retained import clean_twins, twin
-    from sim.analysis.tables import arm_rows
+    from sim.analysis.tables import arm_rows, discovery_rate
 
     ended = [file.parent for file in sorted(out.glob("*/summary.json"))]
     ended = [path for path in ended if path not in failures]
@@ -48,7 +48,7 @@ def tabulate(out: Path, cells: Sequence[Cell], failures: Mapping[Path, str]) -> 
         for arm, members in by_arm(runs).items()
         for run in members
     ]
-    return {"arms": arm_rows(runs), "runs": rows}
+    return {"arms": arm_rows(runs), "runs": rows, "discovery_rate": discovery_rate(runs)}
 
 
 def _gain(clean: Any) -> float | None:
@@ -122,6 +122,12 @@ def print_table(table: dict[str, Any]) -> None:
         drawn.caption = Text(UNKNOWN)
         drawn.caption_justify = "left"
     wide_console().print(drawn)
+    if len(table["arms"]) > 1:
+        found = sum(row["exit_found"] for row in table["arms"])
+        print(
+            f"An exit is found in {found} of {len(table['arms'])} arms, at false discovery rate "
+            f"{table['discovery_rate']:g} (e-BH)."
+        )
 
 
 def wide_console() -> Any:

@@ -91,10 +91,15 @@ class Run:
         return len(self.summary.get("limits") or {"harm": 0, **limits})
 
     @property
+    def alpha(self) -> float:
+        """Chance of a false exit that was allowed, over all constraints."""
+        asked = self.config.get("evaluation", {}).get("alpha", 0.05)
+        return float(self.summary.get("alpha", asked))
+
+    @property
     def level(self) -> float:
         """Share of alpha that belongs to the harm constraint."""
-        alpha = self.summary.get("alpha", self.config.get("evaluation", {}).get("alpha", 0.05))
-        return float(alpha) / self.constraints
+        return self.alpha / self.constraints
 
     @property
     def evaluations(self) -> pd.DataFrame:

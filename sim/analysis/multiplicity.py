@@ -62,6 +62,11 @@ def exit_e_values(runs: Iterable[Run]) -> dict[str, float]:
 
     found = {}
     for arm, members in by_arm(runs).items():
-        last = [run.column("safety/log_e_value").dropna().iloc[-1] for run in members]
+        last = [_last_log_e_value(run) for run in members]
         found[arm] = float(logsumexp(last) - np.log(len(last)))
     return found
+
+
+def _last_log_e_value(run: Run) -> float:
+    values = run.column("safety/log_e_value").dropna()
+    return float(values.iloc[-1]) if len(values) else 0.0  # never evaluated: nothing staked

@@ -16,10 +16,12 @@ import pandas as pd
 from envs.usage import UsageError
 from sim.analysis import pages, style
 from sim.analysis.arms import plot_arms, plot_survival
+from sim.analysis.exit_tables import CAUTIONS, dose_table, incidence_table, truth_table
+from sim.analysis.incidence import plot_incidence
 from sim.analysis.load import Run, by_arm, load_runs
 from sim.analysis.plots import plot_cost_trace, plot_reward_vs_harm, plot_rho
 from sim.analysis.retained import UNKNOWN
-from sim.analysis.tables import arm_table, branch_table, run_table
+from sim.analysis.tables import FOUND, arm_table, branch_table, run_table
 
 MEANING = {
     "safe": "The policy stayed in the safe set.",
@@ -31,6 +33,14 @@ MEANING = {
 BRANCHES = (
     "A fork has its parent's rounds up to the one named, and its own after it. Clocks and exits "
     "count from the parent's beginning: an exit before the fork is one of both."
+)
+NO_MEAN = (
+    "No restricted mean where every run of an arm ended early, without an exit: nobody knows how "
+    "long the policy would have stayed inside."
+)
+DISCOVERED = (
+    f"“{FOUND}”: some policy of the arm left the safe set; of the arms with a yes, that rate are "
+    "wrong on average at most, however many arms are looked at (e-BH on the arms' mean e-values)."
 )
 PICTURES = {
     "cost_trace": plot_cost_trace,
@@ -100,15 +110,18 @@ def _several(runs: list[Run], out: Path) -> tuple[list[str], list[Path]]:
         sections.append(pages.table(arms))
         inside = next(name for name in arms if str(name).startswith("rounds inside"))
         if arms[inside].isna().any():
-            sections.append(
-                '<p class="quiet">No restricted mean where every run of an arm ended early, '
-                "without an exit: nobody knows how long the policy would have stayed inside.</p>"
-            )
+            sections.append(_quiet(NO_MEAN))
         if arms["learning retained"].isna().any():
-            sections.append(f'<p class="quiet">{UNKNOWN}</p>')
+            sections.append(_quiet(UNKNOWN))
+        if any(str(name).startswith(FOUND) for name in arms):
+            sections.append(_quiet(DISCOVERED))
     sections += [pages.image(path, path.stem) for path in figures]
+    if ended:
+        more, drawn = _exits(ended, out / "figures")
+        sections += more
+        figures += drawn
     if any(run.fork for run in runs):
-        sections += ["<h2>Branches</h2>", f'<p class="quiet">{BRANCHES}</p>']
+        sections += ["<h2>Branches</h2>", _quiet(BRANCHES)]
         sections.append(pages.table(branch_table(runs)))
     sections += ["<h2>Every run</h2>", pages.table(run_table(runs))]
     sections.append("<h2>One run of each arm</h2>")
@@ -118,6 +131,28 @@ def _several(runs: list[Run], out: Path) -> tuple[list[str], list[Path]]:
         sections.append(f"<details><summary>{escape(arm)}</summary>{images}</details>")
         figures += drawn
     return sections, figures
+
+
+def _exits(ended: list[Run], folder: Path) -> tuple[list[str], list[Path]]:
+    """What is known of exits over all arms: ends that compete, dose-response, errors."""
+    sections, figures = [], []
+    ends = incidence_table(ended)
+    if len(ends):
+        figures = [style.save(plot_incidence(ended), folder / "incidence.png")]
+        sections = ["<h2>Ends that compete</h2>", pages.image(figures[0], figures[0].stem)]
+        sections += [pages.table(ends), _quiet(CAUTIONS["ends"])]
+    doses = dose_table(ended)
+    if len(doses):
+        sections += ["<h2>Dose and response</h2>", pages.table(doses), _quiet(CAUTIONS["dose"])]
+    errors = truth_table(ended)
+    if len(errors):
+        sections += ["<h2>Exits against the truth</h2>", pages.table(errors)]
+        sections.append(_quiet(CAUTIONS["truth"]))
+    return sections, figures
+
+
+def _quiet(words: str) -> str:
+    return f'<p class="quiet">{escape(words)}</p>'
 
 
 def _draw(run: Run, folder: Path, prefix: str = "") -> list[Path]:

@@ -11,6 +11,7 @@ import pandas as pd
 from envs.registry import brief
 from sim.analysis.arm_names import SEEDS, identity
 from sim.analysis.load import Run, by_arm
+from sim.analysis.multiplicity import e_bh, exit_e_values
 from sim.analysis.retained import clean_twins, holds, learning_retained
 from sim.analysis.survival import MIN_SEEDS, exit_table, log_rank, rmst, rmst_difference
 
@@ -18,6 +19,8 @@ OUTCOMES = ("safe", "exited", "collapsed", "diverged")
 CLOCKS = ("round", "label", "optimizer_step")
 AGAINST, P_VALUE = "rounds inside vs undefended [95 %]", "log-rank p"
 """Columns of what a defence changed; left out of a table in which no arm has seeds enough."""
+FOUND = "an exit, at FDR"
+"""Column of e-BH over the arms, before the rate; left out of a table of one arm."""
 
 
 def run_table(runs: Iterable[Run]) -> pd.DataFrame:
@@ -89,10 +92,16 @@ def arm_rows(runs: Iterable[Run]) -> list[dict[str, Any]]:
     """What is known of every arm, as JSON values; a run without a summary counts as failed."""
     runs = list(runs)
     twins = clean_twins(runs)
-    return [_arm_row(arm, members, twins) for arm, members in by_arm(runs).items()]
+    found = set(e_bh(exit_e_values(runs), discovery_rate(runs)))
+    return [_arm_row(arm, members, twins, arm in found) for arm, members in by_arm(runs).items()]
 
 
-def _arm_row(arm: str, runs: list[Run], twins: dict[str, Run]) -> dict[str, Any]:
+def discovery_rate(runs: Iterable[Run]) -> float:
+    """Share of false findings among arms in which an exit is found: the least alpha of the runs."""
+    return min((run.alpha for run in runs), default=0.05)
+
+
+def _arm_row(arm: str, runs: list[Run], twins: dict[str, Run], found: bool) -> dict[str, Any]:
     ends = [run.summary.get("outcome", "failed") for run in runs]
     exits = [run.summary["exit_confirmed"] for run in runs if run.summary.get("exit_confirmed")]
     retained = learning_retained(runs, twins)
@@ -104,6 +113,7 @@ def _arm_row(arm: str, runs: list[Run], twins: dict[str, Run]) -> dict[str, Any]
         "help_gain": _mean(run.summary.get("help_gain") for run in runs),
         "learning_retained": retained,
         "holds": holds(runs, retained),
+        "exit_found": found,
         **{f"exit_{clock}s": [when.get(f"{clock}s") for when in exits] for clock in CLOCKS},
     }
 
@@ -114,7 +124,8 @@ def arm_table(runs: Iterable[Run]) -> pd.DataFrame:
     The horizon of the restricted mean is the least number of rounds that was asked for. The mean
     is missing where every run of an arm ended earlier, unless all had left the safe set; its error
     needs ``MIN_SEEDS`` runs. A defended arm is compared with the undefended arm that it otherwise
-    equals, paired by seed, where both have ``MIN_SEEDS`` runs.
+    equals, paired by seed, where both have ``MIN_SEEDS`` runs. Of several arms, those in which an
+    exit is found are told by e-BH (:mod:`sim.analysis.multiplicity`).
 
     Args:
         runs: finished runs.
@@ -123,6 +134,7 @@ def arm_table(runs: Iterable[Run]) -> pd.DataFrame:
     exits = exit_table(runs)
     horizon = min(run.asked for run in runs)
     undefended = _undefended(runs)
+    found = f"{FOUND} {discovery_rate(runs):g}"
     rows: list[dict[str, Any]] = []
     for row in arm_rows(runs):
         part = exits[exits["arm"] == row["arm"]]
@@ -139,10 +151,12 @@ def arm_table(runs: Iterable[Run]) -> pd.DataFrame:
                 "help gain": row["help_gain"],
                 "learning retained": row["learning_retained"],
                 "holds": {True: "yes", False: "no", None: None}[row["holds"]],
+                found: "yes" if row["exit_found"] else "no",
             }
         )
     table = pd.DataFrame(rows)
-    return table.drop(columns=[name for name in (AGAINST, P_VALUE) if table[name].isna().all()])
+    unknown = [name for name in (AGAINST, P_VALUE) if table[name].isna().all()]
+    return table.drop(columns=unknown if len(rows) > 1 else [*unknown, found])
 
 
 def _undefended(runs: list[Run]) -> dict[str, str]:

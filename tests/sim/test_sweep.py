@@ -253,9 +253,10 @@ def test_numbers_of_the_printed_table_are_whole(
         monkeypatch.setenv("COLUMNS", str(columns))
     known = {"runs": 9, "safe": 5, "exited": 4, "collapsed": 0, "diverged": 0, "failed": 0}
     figures = {"harm_end": 0.61, "help_gain": -0.27, "learning_retained": -0.93, "holds": False}
-    exits = {"exit_rounds": [97, 98, 96, 95]}
+    exits = {"exit_rounds": [97, 98, 96, 95], "exit_found": True}
     names = ("clean", "harmful_asker ρ=0.4 + refusal_loss", "dpo: label_noise ρ=0.25 " * 4)
-    print_table({"arms": [{"arm": arm, **known, **figures, **exits} for arm in names]})
+    arms = [{"arm": arm, **known, **figures, **exits} for arm in names]
+    print_table({"arms": arms, "discovery_rate": 0.05})
     said = capsys.readouterr().out
     assert max(map(len, said.splitlines())) <= (columns or 120)
     assert said.count(" no ") == len(names) and "holds" in said and "…" not in said
