@@ -24,6 +24,15 @@ def from_file(base: Config, path: str) -> Config:
     Raises:
         ValueError: no such file, not a mapping, unknown fields, or values of another type.
     """
+    return checked(_merged(base.to_dict(), _numbers(read_fields(path))))
+
+
+def read_fields(path: str) -> dict[str, Any]:
+    """The mapping that a YAML or JSON file holds; of a run's ``manifest.json`` its config.
+
+    Raises:
+        ValueError: no such file, or not a mapping.
+    """
     try:
         values = yaml.safe_load(Path(path).read_text())
     except OSError as error:
@@ -32,10 +41,10 @@ def from_file(base: Config, path: str) -> Config:
         reason = " ".join(str(error).split())
         raise UsageError(f"config={path!r} is not valid YAML or JSON: {reason}") from None
     if isinstance(values, dict):
-        values = values.get("config", values)  # a run's manifest.json serves as well
+        values = values.get("config", values)
     if not isinstance(values, dict):
         raise UsageError(f"config={path!r} holds {type(values).__name__}; allowed: fields: values")
-    return checked(_merged(base.to_dict(), _numbers(values)))
+    return values
 
 
 def from_manifest(path: Path) -> Config:

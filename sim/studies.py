@@ -4,9 +4,11 @@
     tuning    learning rate and KL of every learner, on the development worlds 0-2
     learners  every learner under no attack, full attack, label flips and the default attack's grid,
               on the worlds 3-5 that nothing was tuned on
+    exit-times  time in the safe set against rho, under four defences, on the same worlds
     judges    malicious GRPO at two temperatures against the defences that are meant for it
 
-``poisonloop sweep --study NAME`` runs one; like every sweep it is restartable.
+``poisonloop sweep --study NAME`` runs one, or ``poisonloop sweep NAME`` where no preset has the
+name; like every sweep it is restartable.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from sim.presets import preset
 DEVELOPMENT_WORLDS, REPORT_WORLDS = (0, 1, 2), (3, 4, 5)
 GRID = (0.05, 0.1, 0.2, 0.4, 0.8)
 """The default attack's shares of adversaries; the clean arm is its 0."""
+DOSES = (0.0, 0.02, *GRID)
+"""Shares of adversaries in the study of exit times."""
 FLIPS = 0.25
 """Share of labels flipped in the arm that asks which learners break under plain noise."""
 HORIZON = 40
@@ -113,6 +117,27 @@ def learners() -> list[Config]:
     return _over(arms, REPORT_WORLDS, SEEDS)
 
 
+def exit_times() -> list[Config]:
+    """Three learners, bare and under three defences, at every rho of DOSES.
+
+    Runs go on after an exit, so that returns and the whole time inside are counted, and look for
+    their true crossing on 2,000 draws.
+    """
+    arms = [
+        Config(
+            rounds=HORIZON,
+            learner=learner,
+            attack=AttackConfig(DEFAULT_ATTACK, rho=rho) if rho else AttackConfig(),
+            defences=defences,
+            evaluation=EvaluationConfig(every=4, n_harm=256, n_help=256),
+        )
+        for learner in (GRPOConfig(), DPOConfig(), PPOConfig())
+        for defences in ((), ("refusal_loss",), ("lisa",), ("freeze",))
+        for rho in DOSES
+    ]
+    return _over(arms, REPORT_WORLDS, SEEDS)
+
+
 def judges() -> list[Config]:
     """An attacker who owns the reward, against defences that take its contrasts away.
 
@@ -137,4 +162,10 @@ def judges() -> list[Config]:
     return _over(arms, REPORT_WORLDS, (0,))
 
 
-STUDIES = {"demo": demo, "tuning": tuning, "learners": learners, "judges": judges}
+STUDIES = {
+    "demo": demo,
+    "tuning": tuning,
+    "learners": learners,
+    "exit-times": exit_times,
+    "judges": judges,
+}

@@ -19,14 +19,16 @@ from sim.config import Config
 from sim.presets import PRESETS
 from sim.studies import STUDIES
 from sim.sweep import plan, sweep
+from sim.sweep_file import from_sweep_file, is_sweep_file
 from sim.sweep_progress import sweep_progress
 from sim.sweep_status import print_status, standing
 from sim.sweep_table import print_table
 
 USAGE = """\
-usage: poisonloop sweep [PRESET] [flags of `poisonloop run`, each with one value or several]
+usage: poisonloop sweep [PRESET | FILE | STUDY] [flags of `poisonloop run`, of one value or more]
 
   poisonloop sweep --rho 0 .05 .1 .2 --learner grpo dpo --seeds 4
+  poisonloop sweep grid.yaml --jobs 8       (these flags as `rho: [0, .05]`, `seeds: 4`, ...)
   poisonloop sweep demo --rho .4 --defence none refusal_loss freeze small_lr+refusal_loss
   poisonloop sweep --study demo --out runs/demo
 
@@ -54,6 +56,11 @@ presets: {presets}
 def command(words: list[str]) -> int:
     """Run the sweep that ``words`` describe; 1 when a run failed."""
     preset, options = flags.read(words)
+    if is_sweep_file(preset):
+        preset, filed = from_sweep_file(str(preset))
+        options = {**filed, **options}
+    elif preset in STUDIES and preset not in PRESETS:
+        preset, options = None, {"--study": [str(preset)], **options}
     if "--help" in options:
         lists = {"studies": ", ".join(STUDIES), "presets": ", ".join(PRESETS)}
         print(USAGE.format(cores=os.cpu_count(), **lists), end="")

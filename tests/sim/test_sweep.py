@@ -27,6 +27,7 @@ from sim.presets import preset
 from sim.resume import extend, is_finished
 from sim.sweep import LONGEST, Cell, directory, plan
 from sim.sweep_command import grid, study
+from sim.sweep_file import from_sweep_file
 from sim.sweep_progress import SweepListener, ending
 from sim.sweep_table import print_table, tabulate, write_table
 
@@ -123,6 +124,41 @@ def test_the_demo_study_has_both_null_controls() -> None:
         "clean", "harmful_asker ρ=0.4", "harmful_asker ρ=0.4 + refusal_loss",
         "harmful_asker ρ=0.4 + freeze", "harmful_asker ρ=0.4 + small_lr",
     ]  # fmt: skip
+
+
+def test_the_study_of_exit_times_covers_its_grid_and_can_run() -> None:
+    cells = plan(study(*flags.read(["--study", "exit-times"])), Path("out"))
+    assert len(cells) == 7 * 3 * 4 * 3 * 3
+    for cell in cells:
+        check(cell.config)
+        assert cell.config.evaluation.n_true == 2000 and not cell.config.evaluation.stop_on_exit
+    assert len({(c.config.seed, c.config.world.seed) for c in cells}) == 9
+
+
+def test_a_sweep_is_read_from_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "grid.yaml"
+    file.write_text(
+        "preset: smoke\nrho: [0, .4]\ndefence: [none, freeze+small_lr]\nseeds: 2\n"
+        "evaluation: {n_harm: 32, stop_on_exit: true}\nlearner.lr: 1e-3\n"
+    )
+    name, options = from_sweep_file(str(file))
+    cells = plan(grid(name, options), Path("out"))
+    assert len(cells) == 8
+    asked = {(c.config.attack.rho, c.config.defences) for c in cells}
+    assert asked == {(r, d) for r in (0, 0.4) for d in ((), ("freeze", "small_lr"))}
+    for config in (cell.config for cell in cells):
+        assert config.evaluation.n_harm == 32 and config.evaluation.stop_on_exit
+        assert config.learner.lr == 1e-3 and config.rounds == 5
+    assert main(["sweep", "grid.yaml", "--seeds", "3", "--dry-run"]) == 0  # a flag wins
+    assert "12 runs in 4 arms" in capsys.readouterr().out
+    file.write_text("rho: [[0]]\n")
+    assert main(["sweep", "grid.yaml", "--dry-run"]) == 2
+    assert "allowed: a value or a list of values" in capsys.readouterr().err
+    assert main(["sweep", "exit-times", "--dry-run"]) == 0
+    assert "756 runs" in capsys.readouterr().out
 
 
 def test_the_judges_study_can_run() -> None:
