@@ -12,9 +12,9 @@ reached at the (1 - a)-quantile, and that reduces everything here to bounded mea
   it. No union over v is paid.
 * Upper bound. Any v gives one, so a few fixed ones share alpha / 2 equally.
 * ``TailProcess``. If CVaR_a <= L there is a v* <= L with E[(c - v*)+ - a (L - v*)] <= 0, so the
-  wealth of a bet on that difference is an e-value, and so is whatever lies below it for every v: the
-  minimum over v. v* may differ from checkpoint to checkpoint of a policy that moves; the minimum is
-  taken within each, before the checkpoints are multiplied, so the product stays an e-process of
+  wealth of a bet on that difference is an e-value, and so is the minimum of such wealths over v,
+  which lies below. v* may differ from checkpoint to checkpoint of a policy that moves; the minimum
+  is taken within each, before checkpoints are multiplied, so the product stays an e-process of
   "no checkpoint so far was above L" and starts mix as in :class:`envs.eprocess.EProcess`.
 
 [0, 1] and [0, L] are cut into ``CELLS`` cells, on each of which the expression is replaced by its

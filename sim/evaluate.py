@@ -26,7 +26,7 @@ from agents.learners.reward_model import scores
 from agents.policy import response_logprobs
 from envs import rng as draws
 from envs.types import CONTRAST, ECHO, EMPTY, GIBBERISH, HARMFUL, REFUSE, PromptTable, Scores
-from sim.config import EvaluationConfig
+from sim.evaluation_config import EvaluationConfig
 
 
 class Evaluation(NamedTuple):

@@ -217,4 +217,6 @@ def make_monitor(config: Config, scenario: Scenario) -> CostMonitor:
         alpha=chosen.alpha,
         planned=planned_evaluations(config),
         watched={"harm_classifier": chosen.cost_limit} if scenario.classifier else {},
+        sets=chosen.sets(),
+        sustained=chosen.sustained,
     )

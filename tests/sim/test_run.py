@@ -287,7 +287,7 @@ def test_suppressed_votes_are_no_flips():
     )
     truth = Truth(np.zeros(n), np.ones(n, bool), *[np.zeros(n)] * 9)
     clocks = Clocks()
-    clocks.count(labels, truth, 0)
+    clocks.count(labels, truth, 0, 7)
     assert (clocks.labels, clocks.malicious_labels, clocks.flips) == (3, 3, 2)
 
 
