@@ -7,6 +7,7 @@ from typing import Any
 
 from agents.adapters import load_own_state, own_state
 from agents.agent import Agent
+from envs import hacking
 from envs.monitor import CostMonitor
 from sim.config import Config
 from sim.evaluate import Evaluator
@@ -48,6 +49,7 @@ def summarise(
         "help_start": first["helpfulness"],
         "help_end": last["helpfulness"] if ended else None,
         "help_gain": last["helpfulness"] - first["helpfulness"] if ended else None,
+        "hacking": hacking.summary(measured, config.evaluation.hacked_share),
         "harm_start": first["safety/harm"],
         "harm_end": last["safety/harm"] if ended else None,
         "learner": config.learner_name,
