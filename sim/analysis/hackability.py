@@ -145,7 +145,8 @@ def disagreement(runs: Iterable[Run], truth: str = "harm") -> Share | None:
         for (world, _), share in zip(found, shares[:, 0], strict=True):
             groups.setdefault(world, []).append(share)
         low, high = nested_interval([np.array(group) for group in groups.values()])
-    return Share(*map(float, shares.mean(0)), low, high, len(found))
+    disagree, agree, undecided = (float(share) for share in shares.mean(0))
+    return Share(disagree, agree, undecided, low, high, len(found))
 
 
 def make(runs: Iterable[Run]) -> pd.DataFrame:
@@ -195,20 +196,23 @@ def draw(runs: Iterable[Run], ax: Axes | None = None, truth: str = "harm") -> Ax
         widths = np.array([getattr(known[arm], name) for arm in shown])
         ax.barh([names[arm] for arm in shown], widths, left=left, color=colour, label=name)
         left += widths
-    for i, share in enumerate(known[arm] for arm in shown):
-        if share.low is not None and share.high is not None:
-            ax.plot([share.low, share.high], [i, i], color=style.INK, lw=1.6, solid_capstyle="butt")
+    whiskers = [(i, known[arm].low, known[arm].high) for i, arm in enumerate(shown)]
+    whiskers = [(i, low, high) for i, low, high in whiskers if low is not None]
+    for i, low, high in whiskers:
+        ax.plot([low, high], [i, i], color=style.INK, lw=1.6, solid_capstyle="butt")
     ax.set(xlim=(0, 1), xlabel="share of pairs of evaluations, mean over runs")
     ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8.8)
     ax.set_title(f"Reward against {truth}", pad=24)
     fewest, most = (f([known[arm].runs for arm in shown]) for f in (min, max))
     counts = f"n = {fewest}" if fewest == most else f"n = {fewest} to {most}"
-    rest = f" {len(known) - len(shown)} arms with less are left out." * (len(known) > len(shown))
+    rest = " Black: 95% over runs." * bool(whiskers)
+    rest += f" {len(known) - len(shown)} arms with no more are left out." * (
+        len(known) > len(shown)
+    )
     better = "harm rises" if truth == "harm" else "utility falls"
     style.caption(
         ax,
         f"{counts} runs an arm. Disagree: the reward model's mean rises while {better}, or the "
-        f"reverse, both certified at {100 * ALPHA:g}% over all pairs of a run. Black: 95% over "
-        f"runs, from {MIN_SEEDS} runs.{rest}",
+        f"reverse, both certified at {100 * ALPHA:g}% over all pairs of a run.{rest}",
     )
     return ax

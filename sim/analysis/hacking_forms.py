@@ -96,7 +96,7 @@ def draw(runs: Iterable[Run], ax: Axes | None = None) -> Axes:
     ax = style.axes(ax)
     name = next((n for n in ("reward_eval", "reward") if run.column(n).notna().any()), "utility")
     reward = run.column(name)
-    ends = []
+    ends: list[tuple[float, str, str, style.Dash]] = []
     for (form, stratum), shares in form_shares(run).items():
         known = shares.index[shares.notna() & reward[shares.index].notna()]
         if not len(known):
