@@ -196,8 +196,11 @@ def draw(runs: Iterable[Run], ax: Axes | None = None, truth: str = "harm") -> Ax
         widths = np.array([getattr(known[arm], name) for arm in shown])
         ax.barh([names[arm] for arm in shown], widths, left=left, color=colour, label=name)
         left += widths
-    whiskers = [(i, known[arm].low, known[arm].high) for i, arm in enumerate(shown)]
-    whiskers = [(i, low, high) for i, low, high in whiskers if low is not None]
+    whiskers = [
+        (i, share.low, share.high)
+        for i, share in enumerate(known[arm] for arm in shown)
+        if share.low is not None and share.high is not None
+    ]
     for i, low, high in whiskers:
         ax.plot([low, high], [i, i], color=style.INK, lw=1.6, solid_capstyle="butt")
     ax.set(xlim=(0, 1), xlabel="share of pairs of evaluations, mean over runs")
