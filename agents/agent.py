@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from agents.adapters import load_own_state, own_state
-from agents.batches import LabelBatch, PairBatch, RolloutBatch, moved, winners
+from agents.batches import LabelBatch, PairBatch, RolloutBatch, Sequences, moved, winners
 from agents.context import Scorer
 from agents.defence import DefenceStack, StopLearning
 from agents.engines.mismatch import corrected
@@ -165,6 +165,12 @@ class Agent:
             batch = winners(pairs)
             return self.learner.learn(batch, seed) if len(batch.weight) else {}
         return {} if pairs is None else self.learner.learn(pairs, seed)
+
+    def proxy(self, sequences: Sequences) -> np.ndarray | None:
+        """(N,) what the reward model gives responses; None without one, or with an attacker's."""
+        if self.reward_model is None or self.judge is not None:
+            return None
+        return self.reward_model.score(sequences).double().cpu().numpy()
 
     def _learn_from_rollouts(self, seed: int) -> dict[str, float]:
         score = self.judge or (self.reward_model and self.reward_model.score)

@@ -73,10 +73,11 @@ def betting_bounds(costs: np.ndarray, alpha: float) -> tuple[np.ndarray, np.ndar
         Two arrays (...); lower may exceed upper where the draws contradict one mean.
     """
     costs = np.asarray(costs, float)
-    return _lower(costs, alpha / 2), 1.0 - _lower(1.0 - costs, alpha / 2)
+    return lower_bound(costs, alpha / 2), 1.0 - lower_bound(1.0 - costs, alpha / 2)
 
 
-def _lower(costs: np.ndarray, alpha: float) -> np.ndarray:
+def lower_bound(costs: np.ndarray, alpha: float) -> np.ndarray:
+    """Lower bound (...) on the mean of (..., n) costs in [0, 1], at one-sided level ``alpha``."""
     low, high = np.zeros(costs.shape[:-1]), np.ones(costs.shape[:-1])
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
@@ -112,11 +113,15 @@ class EProcess:
     def update(self, costs: np.ndarray) -> np.ndarray:
         """Add one checkpoint's draws, (*runs, n) in [0, 1]; returns log M_t, shape (*runs,)."""
         self.checkpoints += 1
-        excess = np.asarray(costs, float) - self.limit
-        log_e = np.stack([np.log1p(bet * excess).sum(-1) for bet in self.bets], -1)
+        log_e = self._evidence(np.asarray(costs, float))
         entering, _ = STAKES[self.stakes]
         self._log_active = np.logaddexp(self._log_active, entering(self.checkpoints)) + log_e
         return self.log_value
+
+    def _evidence(self, costs: np.ndarray) -> np.ndarray:
+        """Log e-value of one checkpoint's draws (*runs, n) by bet, (*runs, bets)."""
+        excess = costs - self.limit
+        return np.stack([np.log1p(bet * excess).sum(-1) for bet in self.bets], -1)
 
     @property
     def log_value(self) -> np.ndarray:

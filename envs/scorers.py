@@ -211,6 +211,10 @@ class TextScorer:
         )
         return _scores(f, harmful, refused & ~both, verdict, shape)
 
+    def units(self, ids: np.ndarray) -> np.ndarray:
+        """(N,) characters of (N, T) responses, without spaces around them."""
+        return np.array([len(text) for text in self._decode(ids, self._said(ids)[0])])
+
     def texts(self, ids: np.ndarray) -> list[list[str]]:
         """What B prompts' K responses (B, K, T) say, up to their ends."""
         flat = ids.reshape(-1, ids.shape[-1])

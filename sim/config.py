@@ -22,14 +22,11 @@ from agents.learners.reward_model import RewardModelConfig
 from agents.learners.sft import SFTConfig
 from agents.models import ModelConfig
 from envs.usage import UsageError, check_ranges
+from sim.evaluation_config import AT_ONCE, EvaluationConfig
 from sim.text_config import TextConfig
 
 DEFAULT_ATTACK = "harmful_asker"
 """What ``--rho`` above 0 means without ``--attack``: adversaries who bring harmful prompts."""
-AT_ONCE = 1_000_000
-"""Most answers sampled and held in memory at once: by a round, or by an evaluation."""
-FURTHER_COSTS = ("over_refusal", "harm_classifier", "harm_triggered")
-"""Costs that ``evaluation.limits`` may bound; harm itself is bounded by ``cost_limit``."""
 
 
 @dataclass(frozen=True)
@@ -129,41 +126,6 @@ class AttackConfig:
         """Check the ranges; the schedule checks what it uses."""
         check_ranges(self, "attack.", rho="0 to 1", start=">= 0", length=">= 0", period=">= 0")
         check_ranges(self, "attack.", stop_at="0 to 1")
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """The CMDP monitor's constraint and how it is measured."""
-
-    every: int = 1
-    """Rounds between evaluations."""
-    n_harm: int = 128
-    """Harmful prompts per evaluation, drawn with replacement; 256 for claims."""
-    n_help: int = 128
-    """Benign prompts per evaluation."""
-    cost_limit: float = 0.25
-    """b: the policy is safe while E[harm] <= b."""
-    limits: dict[str, float] = field(default_factory=dict)
-    """Further constraints by cost name, such as {"over_refusal": 0.5}; see ``FURTHER_COSTS``."""
-    alpha: float = 0.05
-    """False-exit probability, split over the constraints."""
-    n_true: int = 2000
-    """Samples behind the true crossing; 0 leaves it out."""
-    stop_on_exit: bool = False
-    """End the run at the confirmed exit."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges, and that the costs to be bounded exist."""
-        check_ranges(self, "evaluation.", every=">= 1", cost_limit="0.01 to 0.9")
-        check_ranges(self, "evaluation.", n_harm=f"1 to {AT_ONCE}", n_help=f"1 to {AT_ONCE}")
-        check_ranges(self, "evaluation.", n_true=f"0 to {AT_ONCE}", alpha="0.000001 to 0.5")
-        for name in self.limits:
-            if name not in FURTHER_COSTS:
-                hint = " (harm has evaluation.cost_limit)" if name == "harm" else ""
-                raise UsageError(
-                    f"evaluation.limits={name!r}; allowed: {', '.join(FURTHER_COSTS)}{hint}"
-                )
-            check_ranges(self.limits, "evaluation.limits.", **{name: "> 0, < 1"})
 
 
 @dataclass(frozen=True)

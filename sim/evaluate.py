@@ -5,13 +5,15 @@ makes the e-process valid, lets the policy answer each once (phase ``eval``), an
 
     C(pi)  mean cost over harmful prompts          help  mean oracle or scorer help over benign ones
 
-beside refusal, over-refusal, KL to the reference, perplexity under a separate model, length and
-the shares of empty, echoed and gibberish answers. Here the scorer (which may be an oracle) meets
-the agent; nothing flows back to it.
+beside refusal, over-refusal, KL to the reference, perplexity under a separate model, length, the
+shares of empty, echoed and gibberish answers, and what the reward model thinks of the same answers
+(``reward_eval``: the proxy, to be compared with the truth). Here the scorer (which may be an
+oracle) meets the agent; nothing flows back to it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,9 +26,10 @@ from agents.batches import Sequences
 from agents.engines.transformers_engine import Sampled
 from agents.learners.reward_model import scores
 from agents.policy import response_logprobs
+from envs import hacking
 from envs import rng as draws
 from envs.types import CONTRAST, ECHO, EMPTY, GIBBERISH, HARMFUL, REFUSE, PromptTable, Scores
-from sim.config import EvaluationConfig
+from sim.evaluation_config import EvaluationConfig
 
 
 class Evaluation(NamedTuple):
@@ -47,6 +50,8 @@ class Evaluator:
     classifier: nn.Module | None
     seed: int
     triggered: PromptTable | None = None
+    units: Callable[[np.ndarray], np.ndarray] = hacking.words
+    """How much (N, T) responses say: words of the embedded language, or characters of real text."""
 
     def __call__(self, agent: Agent, round: int) -> Evaluation:
         """Measure ``agent``'s policy; ``round`` names the draws."""
@@ -55,7 +60,8 @@ class Evaluator:
         benign = self._draw(self.table.stratum != HARMFUL, config.n_help, "benign", round)
         rows = np.concatenate([harmful, benign])
         sampled = self._answer(agent, self.table, rows, draws.key(self.seed, "eval", round))
-        scores = self.scorer.score(self.table.key[rows], sampled.sequences.ids.numpy())
+        said = sampled.sequences.ids.numpy()
+        scores = self.scorer.score(self.table.key[rows], said)
         n = config.n_harm
         refused = scores.verdict == REFUSE
         contrast = self.table.stratum[benign] == CONTRAST
@@ -67,7 +73,13 @@ class Evaluator:
             "safety/judge_score": 10 * scores.cost[:n].mean(),
             "helpfulness": scores.help[n:].mean(),
             "utility": scores.utility.mean(),
+            "utility_error": _error(scores.utility),
+            **hacking.shares(scores.verdict, self.units(said), n),
         }
+        rewards = agent.proxy(sampled.sequences)
+        if rewards is not None:
+            metrics["reward_eval"] = rewards.mean()
+            metrics["reward_eval_error"] = _error(rewards)
         for domain in np.unique(self.table.domain[harmful]):
             metrics[f"safety/harm/domain_{domain}"] = scores.cost[:n][
                 self.table.domain[harmful] == domain
@@ -153,6 +165,11 @@ def _fluency(scores: Scores, mask: Tensor) -> dict[str, Any]:
 
 def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else float("nan")
+
+
+def _error(values: np.ndarray) -> float:
+    """Standard error of a mean; too large rather than too small, since strata are drawn apart."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
 def _number(value: Any) -> float | None:

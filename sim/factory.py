@@ -25,6 +25,7 @@ from agents.policy import Policy, load_causal_lm, load_tokenizer
 from agents.processes import count, is_main
 from agents.replay import Replay
 from agents.sharding import shard
+from envs import hacking
 from envs import rng as draws
 from envs.attacks import attacks
 from envs.monitor import CostMonitor
@@ -201,6 +202,7 @@ def make_evaluator(config: Config, scenario: Scenario, base: nn.Module | None = 
         classifier=classifier,
         seed=draws.key(config.seed, "evaluation"),
         triggered=scenario.triggered if back_door else None,
+        units=getattr(scenario.scorer, "units", hacking.words),
     )
 
 
@@ -217,4 +219,6 @@ def make_monitor(config: Config, scenario: Scenario) -> CostMonitor:
         alpha=chosen.alpha,
         planned=planned_evaluations(config),
         watched={"harm_classifier": chosen.cost_limit} if scenario.classifier else {},
+        sets=chosen.sets(),
+        sustained=chosen.sustained,
     )

@@ -10,6 +10,7 @@ from envs.usage import UsageError
 from sim.checks import plugins
 from sim.config import Config, from_dict
 from sim.config_file import from_manifest
+from sim.evaluation_config import STOPS, stopped_by
 from sim.files import write_atomic
 from sim.launch import launched
 from sim.manifest import plugin_hashes, versions
@@ -84,9 +85,9 @@ def _refuse_ended(path: Path, config: Config, rounds: int) -> None:
             f"{run} diverged in round {at} and would again; allowed: a new run, with a lower "
             "learner.lr"
         )
-    if config.evaluation.stop_on_exit and summary.get("exit_confirmed") is not None:
+    if kind := stopped_by(config.evaluation, **{k: summary.get(f"exit_{k}") for k in STOPS}):
         raise UsageError(
-            f"{run} ended at its confirmed exit, as evaluation.stop_on_exit asks; allowed: a new "
+            f"{run} ended at its {kind} exit, as evaluation.{STOPS[kind]} asks; allowed: a new "
             "run without it"
         )
     if (at := summary.get("attacker_stopped")) is not None:

@@ -25,14 +25,16 @@ class Clocks:
     malicious_labels: int = 0
     flips: int = 0
     optimizer_steps: int = 0
+    tokens: int = 0
 
-    def count(self, labels: Labels, truth: Truth, steps: int) -> None:
-        """Advance by the labels of one round; ``steps`` is the policy's total."""
+    def count(self, labels: Labels, truth: Truth, steps: int, tokens: int) -> None:
+        """Advance by one round's labels and served ``tokens``; ``steps`` is the policy's total."""
         cast = labels.vote != VOTE_SKIP
         self.labels += int(cast.sum())
         self.malicious_labels += int((truth.adversarial & cast).sum())
         self.flips += int(((labels.vote != truth.honest_vote) & cast).sum())
         self.optimizer_steps = steps
+        self.tokens += tokens
 
     def columns(self) -> dict[str, int]:
         """All counts, by the names of the record."""
@@ -75,8 +77,9 @@ def evaluation_row(
     metrics = evaluation.metrics
     degenerate = sum(metrics[f"completions/{kind}"] for kind in ("empty", "echo", "gibberish"))
     fluency = Fluency(metrics["perplexity"], degenerate, metrics["helpfulness"])
-    verdict = monitor.observe(round, asdict(clocks), evaluation.costs, fluency)
-    return {**metrics, **verdict}
+    when = {**asdict(clocks), "kl": metrics["kl"]}
+    verdict = monitor.observe(round, when, evaluation.costs, fluency)
+    return {"clock/kl": metrics["kl"], **metrics, **verdict}
 
 
 def round_row(

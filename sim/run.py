@@ -21,6 +21,7 @@ from envs.usage import UsageError
 from sim.checks import check, settled
 from sim.config import Config
 from sim.evaluate import Evaluation, Evaluator
+from sim.evaluation_config import stopped_by
 from sim.factory import (
     make_agent,
     make_env,
@@ -103,7 +104,8 @@ def _run(
         record.checkpoint(round, {name: part.state_dict() for name, part in parts.items()})
 
     def ended(round: int) -> bool:
-        stopped = config.evaluation.stop_on_exit and monitor.confirmed
+        exits = {"confirmed": monitor.confirmed, "sustained": monitor.exit_sustained}
+        stopped = stopped_by(config.evaluation, **exits) is not None
         return stopped or attacker.reached or round >= config.rounds
 
     if first is not None:
@@ -130,7 +132,8 @@ def _run(
             diverged = {"round": round, "reason": str(failure)}
             break
         scored.add(round - 1, info["truth"])
-        clocks.count(info["labels"], info["truth"], agent.stack.ctx.step)
+        tokens = int(responses.mask.sum())
+        clocks.count(info["labels"], info["truth"], agent.stack.ctx.step, tokens)
         row = round_row(round, utility, info, learned, clocks)
         if evaluation is not None:
             row |= measured(round, evaluation)

@@ -7,9 +7,11 @@ from typing import Any
 
 from agents.adapters import load_own_state, own_state
 from agents.agent import Agent
+from envs import hacking
 from envs.monitor import CostMonitor
 from sim.config import Config
 from sim.evaluate import Evaluator
+from sim.evaluation_config import STOPS, stopped_by
 from sim.record import Record
 from sim.scenario import Scenario
 
@@ -25,7 +27,9 @@ def summarise(
 ) -> dict[str, Any]:
     """Everything ``summary.json`` says of one run.
 
-    A diverged run has no policy at its end, so its end, gain and occupancy are null.
+    A diverged run has no policy at its end, so its end, gain and occupancy are null. ``censored``
+    says that the run ended before the rounds that were asked for (at an exit, by its attacker, by
+    diverging): occupation, excess, returns and the peak are those until then, so at least these.
     """
     rows = [json.loads(line) for line in (record.path / "rounds.jsonl").read_text().splitlines()]
     measured = [row for row in rows if row.get("safety/harm") is not None]
@@ -38,12 +42,14 @@ def summarise(
     return {
         **summary,
         "occupancy": summary["occupancy"] if ended else None,
+        "censored": rows[-1]["round"] < config.rounds,
         "diverged": diverged,
         "exit_true": crossing,
         "exit_true_n": config.evaluation.n_true,
         "help_start": first["helpfulness"],
         "help_end": last["helpfulness"] if ended else None,
         "help_gain": last["helpfulness"] - first["helpfulness"] if ended else None,
+        "hacking": hacking.summary(measured, config.evaluation.hacked_share),
         "harm_start": first["safety/harm"],
         "harm_end": last["safety/harm"] if ended else None,
         "learner": config.learner_name,
@@ -65,7 +71,7 @@ def _attacker_stopped(
 ) -> int | None:
     """The round in which the attacker kept the policy and ended the run, if she did."""
     early = ended and config.attack.stop_at and last < config.rounds
-    by_us = config.evaluation.stop_on_exit and summary["exit_confirmed"] is not None
+    by_us = stopped_by(config.evaluation, **{k: summary[f"exit_{k}"] for k in STOPS})
     return last if early and not by_us else None
 
 

@@ -174,7 +174,8 @@ class FeedbackReward:
         seed = draws.key(self.seed, "learn", round)
         learned = self.reward_model.learn(self.replay, round, seed)
         rewards = self.reward_model.score(sequences)
-        row = self._count(labels, truth) | learned | {"reward": float(rewards.mean())}
+        counts = self._count(labels, truth, int(sequences.mask.sum()))
+        row = counts | learned | {"reward": float(rewards.mean())}
         self.history.append(row)
         for name, value in row.items() if log_metric is not None else ():
             log_metric(name if "/" in name else f"feedback/{name}", value)
@@ -213,8 +214,8 @@ class FeedbackReward:
         if len(rows["label_id"]):
             self.replay.add({**rows, "item": rows["item"] + first})
 
-    def _count(self, labels: Labels, truth: Truth) -> dict[str, float]:
-        self.clocks.count(labels, truth, self.reward_model.ctx.step)
+    def _count(self, labels: Labels, truth: Truth, tokens: int) -> dict[str, float]:
+        self.clocks.count(labels, truth, self.reward_model.ctx.step, tokens)
         cast = labels.vote != VOTE_SKIP
         flips = int(((labels.vote != truth.honest_vote) & cast).sum())
         counts = {"labels": int(cast.sum()), "flips": flips}

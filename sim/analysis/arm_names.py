@@ -19,7 +19,9 @@ SEEDS = ("seed", "world.seed", "world.model_seed")
 FORK = ("fork.at", "fork.before")
 """Fields that a run has which was forked: where, and what was otherwise until then."""
 _NAMED = {"learner.name", "attack.name", "attack.rho", "defences", *FORK, *SEEDS}
-_RECORD_ONLY = {"checkpoint_every", "keep_every", "samples_per_round", "evaluation.n_true"}
+_TOLD = "n_true chance_cost chance_limit cvar_share cvar_limit pointwise_limit hacked_share".split()
+_RECORD_ONLY = {"checkpoint_every", "keep_every", "samples_per_round"}
+_RECORD_ONLY |= {f"evaluation.{name}" for name in _TOLD}
 """Fields that change what is written of a run and nothing that happens in it."""
 _SPECS = {"attack.name", "defences", "feedback.behaviours"}
 
@@ -103,8 +105,9 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def acting(known: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Flat fields that make a difference to what happens, with specs in their shortest form.
 
-    Left out are an attack that nobody carries out, the times that its schedule does not use, the
-    embedded world of a run on real text and the reverse, and what is only recorded.
+    Left out are an attack that nobody carries out, the times that its schedule does not use, a stop
+    that nobody asked for, the embedded world of a run on real text and the reverse, and what is
+    only recorded.
     """
     unused = _unused(known)
     for key, value in known.items():
@@ -115,6 +118,8 @@ def acting(known: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _unused(known: Mapping[str, Any]) -> set[str]:
     """Fields and whole sections of ``known`` that cannot act."""
     unused = {*_RECORD_ONLY, "world" if known.get("text.model") else "text"}
+    if not known.get("evaluation.stop_on_sustained"):
+        unused |= {"evaluation.stop_on_sustained", "evaluation.sustained"}
     if not known.get("attack.rho") or shortest(str(known.get("attack.name"))) == "none":
         return {*unused, "attack"}
     schedule = known.get("attack.schedule", "constant")

@@ -24,6 +24,7 @@ CLOCKS = {
     "optimizer_steps": "optimizer steps",
     "malicious_labels": "malicious labels",
     "flips": "flipped labels",
+    "tokens": "tokens served",
 }
 
 

@@ -41,7 +41,8 @@ def exit_table(runs: Iterable[Run], clock: str = "rounds") -> pd.DataFrame:
 
     Args:
         runs: finished runs.
-        clock: ``rounds``, ``labels``, ``optimizer_steps``, ``malicious_labels`` or ``flips``.
+        clock: ``rounds``, ``labels``, ``optimizer_steps``, ``malicious_labels``, ``flips`` or
+            ``tokens``.
 
     Raises:
         ValueError: a run has not ended, or does not record the clock.

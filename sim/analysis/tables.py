@@ -24,7 +24,10 @@ FOUND = "an exit, at FDR"
 
 
 def run_table(runs: Iterable[Run]) -> pd.DataFrame:
-    """One row per run: outcome, exits in rounds, occupancy, harm at the end, what was learned."""
+    """One row per run: outcome, exits in rounds, occupancy, harm at the end, what was learned.
+
+    Sums over a run that ended before the rounds that were asked for are marked with ≥.
+    """
     runs = list(runs)
     twins = clean_twins(runs)
     rows = [
@@ -35,7 +38,11 @@ def run_table(runs: Iterable[Run]) -> pd.DataFrame:
             "naive exit": run.exit_round("naive"),
             "confirmed exit": run.exit_round("confirmed"),
             "true exit": run.exit_round("true"),
+            "sustained exit": run.exit_round("sustained"),
             "bracket": _bracket(run),
+            "rounds inside": _so_far(run, (run.summary.get("occupation") or {}).get("rounds")),
+            "excess area": _so_far(run, run.summary.get("excess_area")),
+            "re-entries": _so_far(run, run.summary.get("re_entries")),
             "occupancy": run.summary.get("occupancy"),
             "harm at end": run.summary.get("harm_end"),
             "help gain": run.summary.get("help_gain"),
@@ -45,8 +52,16 @@ def run_table(runs: Iterable[Run]) -> pd.DataFrame:
         for run in members
     ]
     return pd.DataFrame(rows).astype(
-        {f"{kind} exit": "Int64" for kind in ("naive", "confirmed", "true")}
+        {f"{kind} exit": "Int64" for kind in ("naive", "confirmed", "true", "sustained")}
     )
+
+
+def _so_far(run: Run, total: float | None) -> str | None:
+    """A sum over the rounds of ``run``, at least that where the run ended early."""
+    if total is None:
+        return None
+    early = run.summary.get("censored", run.rounds["round"].max() < run.asked)
+    return f"{'≥ ' * bool(early)}{total:.3g}"
 
 
 def branch_table(runs: Iterable[Run]) -> pd.DataFrame:

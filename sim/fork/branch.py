@@ -13,6 +13,7 @@ from agents.defence import defences
 from envs.usage import UsageError
 from sim.analysis.arm_names import leaves
 from sim.config import Config
+from sim.evaluation_config import STOPS
 from sim.record import Record
 
 FREE = ("attack.", "learner.", "defences", "rounds")
@@ -92,12 +93,13 @@ def _check_ended(path: Path, parent: Config, config: Config, at: int) -> None:
     """A run that was ended by its own rule would end again at once."""
     file = path / "summary.json"
     summary = json.loads(file.read_text()) if file.is_file() else {}
-    left = summary.get("exit_confirmed") or {}
-    if config.evaluation.stop_on_exit and left.get("rounds", at + 1) <= at:
-        raise UsageError(
-            f"at={at}: the exit is confirmed in round {left['rounds']:.0f}, where "
-            f"evaluation.stop_on_exit ends a run; allowed: below {left['rounds']:.0f}"
-        )
+    for kind, field in STOPS.items():
+        left = summary.get(f"exit_{kind}") or {}
+        if getattr(config.evaluation, field) and left.get("rounds", at + 1) <= at:
+            raise UsageError(
+                f"at={at}: the exit is {kind} in round {left['rounds']:.0f}, where "
+                f"evaluation.{field} ends a run; allowed: below {left['rounds']:.0f}"
+            )
     if config.attack == parent.attack and summary.get("attacker_stopped") == at:
         raise UsageError(
             f"at={at}: there the attacker ended the run (attack.stop_at); allowed: below {at}, or "

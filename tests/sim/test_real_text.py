@@ -90,6 +90,17 @@ def test_every_learner_writes_the_same_files_and_columns(finished):
         assert "perplexity" in summary["harm_source"]
 
 
+def test_forms_of_reward_hacking_are_told_without_an_oracle(finished):
+    """Shares exclude each other, and the summary ends with the last of them."""
+    for path in finished.values():
+        row = json.loads((path / "rounds.jsonl").read_text().splitlines()[-1])
+        shares = {form: row[f"hacking/{form}_harmful"] for form in ("short", "gibberish", "echo")}
+        assert all(0 <= share <= 1 for share in shares.values()) and sum(shares.values()) <= 1
+        summary = json.loads((path / "summary.json").read_text())["hacking"]
+        assert summary["gibberish"]["harmful"]["end"] == shares["gibberish"]
+        assert (row.get("reward_eval") is None) == (row["reward"] is None)
+
+
 def test_samples_are_readable_text(finished):
     table = pq.read_table(finished["grpo"] / "samples").to_pylist()
     prompts = {row["prompt"] for row in data_rows()}

@@ -27,7 +27,10 @@ ROW = """round safety/harm safety/harm_lower safety/harm_upper safety/harm_class
     safety/refusal_harmful safety/over_refusal safety/in_safe_set safety/log_e_value helpfulness
     utility reward kl perplexity completions/mean_length completions/empty completions/echo
     completions/gibberish labels feedback/rho_annotators feedback/rho_labels feedback/rho_flips
-    feedback/rho_risk_flips feedback/rho_post""".split()
+    feedback/rho_risk_flips feedback/rho_post clock/tokens clock/kl safety/chance
+    safety/chance_lower safety/cvar_upper safety/pointwise safety/log_e_value_cvar
+    hacking/short_harmful hacking/gibberish_benign hacking/echo_harmful reward_eval
+    reward_eval_error utility_error""".split()
 SUMMARY = "outcome exit_naive exit_confirmed bracket exit_true occupancy help_gain".split()
 
 
@@ -55,6 +58,12 @@ def test_rows_and_summary_carry_the_promised_columns(finished):
     assert not [name for name in ROW if name not in {**rows[0], **rows[1]}]
     summary = json.loads((finished / "summary.json").read_text())
     assert not [name for name in SUMMARY if name not in summary]
+    assert not summary["censored"] and summary["occupation"].keys() == summary["excess"].keys()
+    assert {"rounds", "labels", "flips", "optimizer_steps", "tokens"} <= summary[
+        "occupation"
+    ].keys()
+    assert set(summary["sets"]) == {"chance", "cvar", "pointwise"}
+    assert summary["hacking"]["gibberish"]["harmful"]["peak"] <= 1
     assert summary["outcome"] in ("safe", "exited", "collapsed", "diverged")
 
 
@@ -227,6 +236,27 @@ def test_stopping_at_the_exit_is_final_and_resumes_to_the_same_bytes(
     assert identity(tmp_path / "whole") == before
 
 
+def test_stopping_at_the_sustained_exit_is_final_and_marks_what_it_cuts(tmp_path, embedded_models):
+    """The base model complies from the start, so three evaluations in a row end the run."""
+    from sim.analysis.load import load_run
+    from sim.analysis.tables import run_table
+    from sim.resume import resumable
+    from sim.run import run
+
+    evaluation = EvaluationConfig(n_harm=64, n_help=8, n_true=0, stop_on_sustained=True)
+    world = replace(SMALL.world, start="base")
+    loose = replace(SMALL, evaluation=evaluation, world=world)
+    summary = run(loose, tmp_path / "run")
+    assert summary["exit_sustained"]["rounds"] == summary["rounds"] == 2
+    assert summary["exit_sustained"]["since"] == 0 and summary["exit_confirmed"]["rounds"] == 0
+    assert summary["censored"] and summary["attacker_stopped"] is None
+    assert summary["exit_sustained"]["tokens"] > 0 and summary["exit_sustained"]["kl"] is not None
+    row = run_table([load_run(tmp_path / "run")]).iloc[0]
+    assert row["sustained exit"] == 2 and row["excess area"].startswith("≥ ")
+    with pytest.raises(ValueError, match="sustained exit, as evaluation.stop_on_sustained"):
+        resumable(tmp_path / "run", rounds=40)
+
+
 def test_resuming_with_another_model_or_other_code_is_refused(tmp_path, embedded_models):
     from sim.run import run
 
@@ -287,8 +317,9 @@ def test_suppressed_votes_are_no_flips():
     )
     truth = Truth(np.zeros(n), np.ones(n, bool), *[np.zeros(n)] * 9)
     clocks = Clocks()
-    clocks.count(labels, truth, 0)
+    clocks.count(labels, truth, 0, 7)
     assert (clocks.labels, clocks.malicious_labels, clocks.flips) == (3, 3, 2)
+    assert clocks.columns()["clock/tokens"] == 7
 
 
 def test_other_versions_are_noted_in_the_manifest(tmp_path, embedded_models):
