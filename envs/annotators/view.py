@@ -29,6 +29,7 @@ class View(NamedTuple):
     cost_a: np.ndarray  # (N,) float32
     cost_b: np.ndarray  # (N,) float32
     triggered: np.ndarray  # (N,) bool, the trigger word stands in the prompt
+    gold: np.ndarray | None = None  # (N,) bool, a gold question; hidden from attacks
 
     @property
     def margin(self) -> np.ndarray:
@@ -42,7 +43,16 @@ class View(NamedTuple):
 
     def none(self) -> View:
         """The same with no comparisons in it."""
-        return View(self.key, self.round, *(column[:0].copy() for column in self[2:]))
+        return self.take(np.zeros(0, np.int64))
+
+    def state(self) -> dict[str, Any]:
+        """Numbers and arrays, of which ``View(**state)`` is made again."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+    def take(self, index: np.ndarray) -> View:
+        """The comparisons ``index``: row numbers, or (N,) bool."""
+        columns = (None if column is None else column[index] for column in self[2:])
+        return View(self.key, self.round, *columns)
 
     def labels(self, public_id: np.ndarray, vote: np.ndarray) -> Labels:
         """The log of (N,) int8 ``vote``, with people's (people,) public ids."""
