@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from envs import rng
-from envs.types import Labels
+from envs.types import VOTE_A, VOTE_B, Labels
 
 
 class View(NamedTuple):
@@ -86,3 +86,23 @@ class View(NamedTuple):
         radius = rng.uniform(rng.key(self.key, purpose, "radius"), self.person)
         angle = rng.uniform(rng.key(self.key, purpose, "angle"), self.person)
         return np.sqrt(-2.0 * np.log(radius)) * np.cos(2.0 * np.pi * angle)
+
+
+def directions(a: np.ndarray, b: np.ndarray, vote: np.ndarray) -> np.ndarray:
+    """(N,) 1 where the vote is for the answer of the lower number, -1 for the other, 0 for neither.
+
+    Args:
+        a: (N,) answers shown first.
+        b: (N,) answers shown second.
+        vote: (N,) what was said.
+    """
+    first = np.where(a < b, 1, -1)
+    return np.select([vote == VOTE_A, vote == VOTE_B], [first, -first], 0)
+
+
+def consensus(item: np.ndarray, direction: np.ndarray) -> np.ndarray:
+    """(N,) direction that most *others* took on the same item; 0 where neither prevails."""
+    if not len(item):
+        return direction
+    _, place = np.unique(item, return_inverse=True)
+    return np.sign(np.bincount(place, direction)[place] - direction).astype(np.int64)

@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from envs.annotators.view import View
+from envs.annotators.view import View, consensus, directions
 from envs.attacks import Attack, attacks
 from envs.registry import is_plugin
-from envs.types import VOTE_A, VOTE_B, VOTE_SKIP, PromptTable
+from envs.types import VOTE_SKIP, PromptTable
 from envs.usage import UsageError, check_ranges
 
 
@@ -110,8 +110,9 @@ class AgreementConstrained(Attack):
     def watch(self, view: View, vote: np.ndarray, honest: np.ndarray) -> None:
         """Count agreement with the majority of the others, or with what was expected of them."""
         said = vote != VOTE_SKIP
-        others = consensus(view, vote)
-        agrees = np.where(others == 0, vote == honest, _direction(view, vote) == others)
+        direction = directions(view.a, view.b, vote)
+        others = consensus(view.item, direction)
+        agrees = np.where(others == 0, vote == honest, direction == others)
         np.add.at(self.counted, view.person[said], 1.0)
         np.add.at(self.agreed, view.person[said], agrees[said].astype(float))
 
@@ -133,17 +134,3 @@ def _turns(person: np.ndarray) -> list[np.ndarray]:
     turn[order] = np.arange(len(person)) - first
     by_turn = np.argsort(turn, kind="stable")
     return np.split(by_turn, np.cumsum(np.bincount(turn))[:-1]) if len(person) else []
-
-
-def _direction(view: View, vote: np.ndarray) -> np.ndarray:
-    """(N,) 1 for the answer of the lower number, -1 for the other, 0 for neither."""
-    first = np.where(view.a < view.b, 1, -1)
-    return np.select([vote == VOTE_A, vote == VOTE_B], [first, -first], 0)
-
-
-def consensus(view: View, vote: np.ndarray) -> np.ndarray:
-    """(N,) what most others say of the same item, as a direction; 0 where nothing prevails."""
-    _, item = np.unique(view.item, return_inverse=True)
-    said = _direction(view, vote)
-    total = np.bincount(item, said, minlength=1)[item] if len(item) else said
-    return np.sign(total - said).astype(np.int64)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from envs.annotators import View
+from envs.annotators.view import consensus, directions
 from envs.attacks import attacks
-from envs.attacks.agreement_constrained import consensus
 from envs.types import VOTE_A, VOTE_B, VOTE_SKIP
 from envs.usage import UsageError
 
@@ -105,7 +105,8 @@ def test_consensus_is_the_majority_of_the_others_whichever_way_they_saw_the_pair
     view = view._replace(a=np.array([0, 1, 0, 0, 1, 0]), b=np.array([1, 0, 1, 1, 0, 1]))
     votes = np.array([VOTE_A, VOTE_A, VOTE_B, VOTE_A, VOTE_SKIP, VOTE_B], np.int8)
     # Item 0: answers 0, 1, 1. Item 1: answer 0 and nothing. Item 2: one vote.
-    assert consensus(view, votes).tolist() == [-1, 0, 0, 0, 1, 0]
+    found = consensus(view.item, directions(view.a, view.b, votes))
+    assert found.tolist() == [-1, 0, 0, 0, 1, 0]
 
 
 def test_she_counts_what_others_said_and_not_what_is_true():
