@@ -121,8 +121,7 @@ def _check_people(config: Config, attack: Attack) -> None:
 def _check_log(config: Config, members: list[Defence]) -> None:
     """Whether defences that work on the label log find there what they work on."""
     for member in members:
-        missing = [need for need in missing_needs(member, config.feedback.log_facts) if need in LOG]
-        if missing:
+        if missing := [n for n in missing_needs(member, config.feedback.log_facts) if n in LOG]:
             raise UsageError(f"defence {member.spec}; allowed: with {in_words(missing)}")
 
 
