@@ -51,7 +51,7 @@ class View(NamedTuple):
 
     def take(self, index: np.ndarray) -> View:
         """The comparisons ``index``: row numbers, or (N,) bool."""
-        columns = (None if column is None else column[index] for column in self[2:])
+        columns: Any = (None if column is None else column[index] for column in self[2:])
         return View(self.key, self.round, *columns)
 
     def labels(self, public_id: np.ndarray, vote: np.ndarray) -> Labels:

@@ -39,8 +39,8 @@ MONITORS = {
     "ban": "first ban of an attacker",
 }
 """Monitors in order of preference, in words."""
-COLUMNS, MOST_PANELS, PANEL = 3, 9, 2.1
-"""Panels in a row, at most, and inches that one is high."""
+COLUMNS, MOST_PANELS, PANEL, HEAD = 3, 9, 2.1, 0.95
+"""Panels in a row, at most, and inches that one and what stands over it are high."""
 
 
 def attacked(runs: Iterable[Run], monitor: str) -> list[Run]:
@@ -198,16 +198,19 @@ def draw(runs: Iterable[Run], ax: Axes | None = None, monitor: str | None = None
     rhos = sorted(set(table["rho"]))
     columns = min(COLUMNS, len(families))
     rows = -(-len(families) // columns)
-    ax = style.axes(ax, 1.2 + 2.7 * columns, rows * (PANEL + 0.75) / 0.77)
+    ax = style.axes(ax, 1.2 + 2.7 * columns, rows * (PANEL + HEAD) / 0.77)
     ax.set_axis_off()
     horizon = float(table["horizon"].max())
     for i, family in enumerate(families):
         row, column = divmod(i, columns)
-        cell = (PANEL + 0.75) * rows
-        corner = (column / columns, 1 - ((row + 1) * (PANEL + 0.75) - 0.3) / cell)
+        cell = (PANEL + HEAD) * rows
+        corner = (column / columns, 1 - ((row + 1) * (PANEL + HEAD) - 0.3) / cell)
         panel = ax.inset_axes((*corner, 0.8 / columns, PANEL / cell))
-        _scatter(panel, table[table["family"] == family], horizon, rhos)
-        panel.set_title(names[family], fontsize=8.5, fontweight="normal")
+        part = table[table["family"] == family]
+        _scatter(panel, part, horizon, rhos)
+        first = int((part["exit"] < part["detected"]).sum())
+        heading = f"{names[family]}\nexit first: {first} of {len(part)}"
+        panel.set_title(heading, fontsize=8.5, fontweight="normal")
         if column == 0:
             panel.set_ylabel("exit, round", fontsize=8.5)
         if i + columns >= len(families):
@@ -242,12 +245,7 @@ def _scatter(panel: Axes, part: pd.DataFrame, horizon: float, rhos: list[float])
             x + aside[0], y - aside[1], s=22, lw=1.2, zorder=3, edgecolors=colour,
             facecolors=colour if whole else "white",
         )  # fmt: skip
-    first = int((part["exit"] < part["detected"]).sum())
-    panel.annotate(
-        f"exit first in {first} of {len(part)}", (0.98, 0.03), xycoords="axes fraction",
-        ha="right", fontsize=8, color=style.INK,
-    )  # fmt: skip
-    ticks = [tick for tick in np.linspace(0, horizon, 3)]
+    ticks = [0, horizon / 2]
     panel.set(xlim=(0, end), ylim=(0, end), xticks=[*ticks, edge], yticks=[*ticks, edge])
     labels = [*(f"{tick:g}" for tick in ticks), "not"]
     panel.set_xticklabels(labels, fontsize=8)

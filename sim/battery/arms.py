@@ -50,7 +50,7 @@ def arms(chosen: Sequence[str] = ()) -> list[Arm]:
         from sim.flags import stack
 
         return [(), *(stack([spec]) for spec in chosen if spec != "none")]
-    known = [name for name in defences.names() if not defences.get(name).needs & LOG.keys()]
+    known = [name for name in defences.names() if not defences.create(name).needs & LOG.keys()]
     return [(), *((name,) for name in known), *FURTHER]
 
 
