@@ -135,8 +135,8 @@ class Agent:
         if not count:
             empty = np.zeros(0, np.float32)
             return Learned(NOBODY, empty, empty, metrics, self._banned())
-        fate: Any = (self.replay.columns[name][-count:].copy() for name in Learned._fields[:3])
-        return Learned(*fate, metrics, self._banned())
+        fate = (self.replay.columns[name][-count:].copy() for name in Learned._fields[:3])
+        return Learned._make([*fate, metrics, self._banned()])
 
     def _banned(self) -> np.ndarray:
         """Ids of annotators whom any defence has banned."""
