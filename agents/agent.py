@@ -20,9 +20,17 @@ import torch
 from torch import Tensor
 
 from agents.adapters import load_own_state, own_state
-from agents.batches import LabelBatch, PairBatch, RolloutBatch, Sequences, moved, winners
+from agents.batches import (
+    NO_ANSWERS,
+    LabelBatch,
+    PairBatch,
+    RolloutBatch,
+    Sequences,
+    moved,
+    winners,
+)
 from agents.context import Scorer
-from agents.defence import DefenceStack, StopLearning
+from agents.defence import NOBODY, DefenceStack, StopLearning
 from agents.engines.mismatch import corrected
 from agents.engines.transformers_engine import Sampled
 from agents.learners.reward_model import RewardModel
@@ -30,9 +38,9 @@ from agents.learners.update import Diverged, Learner
 from agents.policy import Policy, response_logprobs
 from agents.processes import all_whole
 from agents.replay import Replay
-from agents.served import Served, joined, recorded_pairs
+from agents.served import Served, answered, joined, recorded_pairs
 from envs import rng as draws
-from envs.types import Labels, Responses
+from envs.types import GoldLog, Labels, Responses
 
 
 class Learned(NamedTuple):
@@ -42,6 +50,7 @@ class Learned(NamedTuple):
     target: np.ndarray  # (N,) final, after defences
     weight: np.ndarray  # (N,) final
     metrics: dict[str, float]
+    banned: np.ndarray = NOBODY  # ids of annotators whom defences no longer hear
 
 
 class Agent:
@@ -104,8 +113,12 @@ class Agent:
         """Sample for evaluation (phase ``eval``); changes nothing the learner uses."""
         return self._sample(prompt_ids, prompt_mask, k, "eval", seed)
 
-    def learn(self, labels: Labels) -> Learned:
+    def learn(self, labels: Labels, gold: GoldLog | None = None) -> Learned:
         """Learn from the labels that arrived this round.
+
+        Args:
+            labels: the votes.
+            gold: who answered gold questions right, for defences.
 
         Raises:
             Diverged: a non-finite loss, gradient or sampling distribution.
@@ -116,8 +129,9 @@ class Agent:
         metrics: dict[str, float] = {}
         self.sampler.rest()
         try:
-            if count:
-                self.replay.revise(self._aggregate(self.replay.log(count)))
+            answers = answered(self.served, None if owned else gold)
+            if count or len(answers.wrong):
+                self.replay.revise(self._aggregate(self.replay.log(count), answers))
             if self.reward_model is not None:
                 metrics |= self.reward_model.learn(self.replay, self.round, seed)
             metrics |= self._learn_policy(count, seed)
@@ -128,9 +142,14 @@ class Agent:
         metrics |= self._logged() | self.sampler.told()
         if not count:
             empty = np.zeros(0, np.float32)
-            return Learned(np.zeros(0, np.int64), empty, empty, metrics)
-        newest = {name: column[-count:].copy() for name, column in self.replay.columns.items()}
-        return Learned(newest["label_id"], newest["target"], newest["weight"], metrics)
+            return Learned(NOBODY, empty, empty, metrics, self._banned())
+        fate = (self.replay.columns[name][-count:].copy() for name in Learned._fields[:3])
+        return Learned._make([*fate, metrics, self._banned()])
+
+    def _banned(self) -> np.ndarray:
+        """Ids of annotators whom any defence has banned."""
+        found = [member.banned for stack in self.stacks().values() for member in stack.acting]
+        return np.unique(np.concatenate([NOBODY, *found]))
 
     def _logged(self) -> dict[str, float]:
         """What defences logged this round; those of the reward model under its name."""
@@ -141,10 +160,11 @@ class Agent:
             stack.ctx.metrics = {}
         return found
 
-    def _aggregate(self, log: LabelBatch) -> LabelBatch:
+    def _aggregate(self, log: LabelBatch, answers: Any = NO_ANSWERS) -> LabelBatch:
         """The label hooks, once for each defence in the list, whichever learners it targets."""
         met: set[int] = set()
         for stack in self.stacks().values():
+            stack.ctx.gold = answers
             for place, member in zip(stack.places, stack.members, strict=True):
                 if stack.acting and place not in met:
                     log = member.feedback(stack.ctx, log)

@@ -105,6 +105,17 @@ def reward_channel(advantages: dict[str, Tensor]) -> Tensor:
     return advantages["reward"]
 
 
+class GoldAnswers(NamedTuple):
+    """This round's answers to questions whose key the operator has."""
+
+    annotator_id: np.ndarray  # (G,)
+    stratum: np.ndarray  # (G,) observed
+    wrong: np.ndarray  # (G,) bool
+
+
+NO_ANSWERS = GoldAnswers(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, bool))
+
+
 @dataclass(frozen=True)
 class LabelBatch:
     """This round's votes and the window's log, before any replay (for aggregation and bans)."""
@@ -117,6 +128,7 @@ class LabelBatch:
     round: np.ndarray  # (N,)
     stratum: np.ndarray  # (N,) observed
     new: np.ndarray  # (N,) bool, cast this round
+    swapped: np.ndarray  # (N,) bool; votes on one item with the same value saw the same order
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.adapters import exported, load_plain, plain_weights
-from agents.batches import Pairs, Sequences
+from agents.batches import NO_ANSWERS, Pairs, Sequences
 from agents.models import device_of
 from agents.policy import Policy, response_logprobs, response_terms
 from agents.processes import like, whole
@@ -57,6 +57,7 @@ class Context:
         data: data roles by name.
         rng: a generator of the defences' own.
         step: optimizer steps taken.
+        gold: this round's answers to gold questions, while the label hooks run.
         track: wraps the steps of a long ``prepare``; whoever runs it may show a bar.
         phase: all defences' phases, for one more use of the model: ``phase("serve")`` inside an
             update computes as for users, which is where losses on what they get belong.
@@ -72,6 +73,7 @@ class Context:
         scorers: Mapping[str, Scorer] | None = None,
         sampler: Any = None,
         seed: int = 0,
+        log: Iterable[str] = (),
     ):
         self.learner = learner
         self.model = model
@@ -80,17 +82,19 @@ class Context:
         self.step = 0
         self.rng = torch.Generator().manual_seed(draws.key(seed, "defence", learner))
         self.metrics: dict[str, float] = {}
+        self.gold = NO_ANSWERS
         self.track: Callable[[Iterable[int], str], Iterable[int]] = lambda steps, _what: steps
         self.phase: Callable[[str], AbstractContextManager[None]] = lambda _name: nullcontext()
         self._policy = policy
         self._scorers = dict(scorers or {})
+        self._log = frozenset(log)
         self._sampler = sampler
         self._optimizer: torch.optim.Optimizer | None = None
 
     @property
     def provides(self) -> frozenset[str]:
         """Names a defence may put in ``needs``."""
-        return frozenset(self.data) | {f"score:{name}" for name in self._scorers}
+        return frozenset(self.data) | {f"score:{name}" for name in self._scorers} | self._log
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:

@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from agents.context import Context
@@ -27,10 +28,20 @@ from envs.registry import Registry
 from envs.usage import UsageError
 
 PHASES = ("rollout", "score", "update", "serve", "eval", "export")
-CONSTRAINTS = ("embedding", "weights", "reward", "loss", "representation", "meta-learned", "none")
+CONSTRAINTS = (
+    *("embedding", "weights", "reward", "loss", "representation", "meta-learned", "labels", "none"),
+)
 KINDS = ("offline", "additive", "turns", "perturbation")
 """Offline first, since later members anchor to what they leave; then, in ``backward``, additive
 terms outermost, turn-takers inside them, perturbations of the learner's own loss innermost."""
+
+
+LOG = {
+    "log:gold": "gold questions (feedback.collection crowd with feedback.gold_share above 0)",
+    "log:redundant": "several votes an item (feedback.collection crowd, feedback.redundancy >= 2)",
+}
+"""What a label log may hold beyond votes, by the name in ``needs``, and how a run comes by it."""
+NOBODY = np.zeros(0, np.int64)
 
 
 class Report(NamedTuple):
@@ -51,7 +62,8 @@ class Defence:
     """Base of every defence; override any of the four hooks.
 
     Attributes:
-        needs: data roles and ``score:<name>`` scorers that must exist, checked before ``prepare``.
+        needs: data roles, ``score:<name>`` scorers and :data:`LOG` entries that must exist, checked
+            before ``prepare``.
         targets: learners the hooks fire for, of ``"policy"`` and ``"reward_model"``.
         splits_serving: whether users must see another forward mode than the one that trains, so
             that PPO and GRPO sample again under ``rollout``.
@@ -89,6 +101,11 @@ class Defence:
     def label(self) -> str:
         """What messages and logs call it."""
         return self.registered or type(self).__name__
+
+    @property
+    def banned(self) -> np.ndarray:
+        """(n,) ids of annotators whose votes it no longer lets in; recorded, and scored outside."""
+        return NOBODY
 
     def prepare(self, ctx: Context) -> None:
         """Act once before the reference is snapshotted and the optimizer exists."""
@@ -153,6 +170,11 @@ def missing_needs(member: Defence, provided: Iterable[str]) -> list[str]:
     return sorted(frozenset(member.needs) - frozenset(provided))
 
 
+def in_words(needs: Iterable[str]) -> str:
+    """Names of needs; those that are of the label log with what provides them."""
+    return ", ".join(f"{name}: {LOG[name]}" if name in LOG else name for name in needs)
+
+
 def _reported(member: Defence, ctx: Context, run: Run) -> Report:
     """What ``backward`` of ``member`` returns, which must be a report."""
     report = member.backward(ctx, run)
@@ -204,7 +226,7 @@ class DefenceStack:
             missing = missing_needs(member, self.ctx.provides)
             if missing:
                 raise UsageError(
-                    f"defence {member.spec or type(member).__name__}: needs {', '.join(missing)}; "
+                    f"defence {member.spec or type(member).__name__}: needs {in_words(missing)}; "
                     f"this run has {', '.join(sorted(self.ctx.provides)) or 'none'}"
                 )
 

@@ -38,12 +38,22 @@ class Replay:
 
     def log(self, newest: int) -> LabelBatch:
         """The window as a label batch; the last ``newest`` rows are new."""
-        columns = {name: self.columns[name] for name in _LOG}
+        columns = {name: self.columns.get(name, np.zeros(0)) for name in _LOG}
         new = np.arange(len(self)) >= len(self) - newest
-        return LabelBatch(**columns, new=new)
+        return LabelBatch(**columns, new=new, swapped=self._swapped())
+
+    def _swapped(self) -> np.ndarray:
+        """(N,) whether the answer shown first is the later one in the order of token ids."""
+        if not len(self):
+            return np.zeros(0, bool)
+        a, b = self.columns["a_ids"], self.columns["b_ids"]
+        first, row = (a != b).argmax(1), np.arange(len(a))  # where the two differ first
+        return a[row, first] > b[row, first]
 
     def revise(self, batch: LabelBatch) -> None:
         """Take over targets and weights from a label batch; labels it dropped get weight 0."""
+        if not len(self):
+            return
         order = np.argsort(batch.label_id)
         place = np.searchsorted(batch.label_id, self.columns["label_id"], sorter=order)
         place = order[np.minimum(place, max(len(order) - 1, 0))] if len(order) else place * 0

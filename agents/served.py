@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from agents.batches import Sequences
+from agents.batches import NO_ANSWERS, GoldAnswers, Sequences
 from agents.engines.transformers_engine import Sampled
-from envs.types import VOTE_A, VOTE_SKIP, VOTE_TIE, Labels
+from envs.types import VOTE_A, VOTE_SKIP, VOTE_TIE, GoldLog, Labels
 
 
 class Served(NamedTuple):
@@ -51,6 +51,15 @@ def recorded_pairs(observation: Mapping[str, np.ndarray]) -> Sequences | None:
     given = [torch.from_numpy(np.asarray(observation[name], np.int64)) for name in names]
     prompts = [column.repeat_interleave(2, 0) for column in given[:2]]
     return Sequences(*prompts, *(column.flatten(0, 1) for column in given[2:]))
+
+
+def answered(served: Sequence[Served], gold: GoldLog | None) -> GoldAnswers:
+    """Answers to gold questions with the observed strata of their items."""
+    if gold is None:
+        return NO_ANSWERS
+    rounds, row = np.divmod(gold.item, len(served[-1].stratum))
+    strata = np.stack([one.stratum for one in served])
+    return GoldAnswers(gold.annotator, strata[rounds - served[0].round, row], ~gold.right)
 
 
 def joined(served: Sequence[Served], labels: Labels) -> dict[str, np.ndarray]:

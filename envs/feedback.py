@@ -11,11 +11,12 @@ arms of an experiment are paired by seed.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, get_type_hints
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Dict, MultiBinary
+from gymnasium.spaces import Box, Dict
 from gymnasium.utils import RecordConstructorArgs
 
 from envs import rng
@@ -29,9 +30,10 @@ from envs.attacks.adversary import check_attack, make_adversary
 from envs.attacks.rates import before_defence, rho_post
 from envs.attacks.schedules import Schedule
 from envs.costs import mean_costs
+from envs.gold import make_gold, parted
 from envs.pairs import make_pairs
 from envs.prompts import Traffic, make_source
-from envs.types import STRATA, VOTE_SKIP, Labels, Scores, Truth
+from envs.types import VOTE_SKIP, Labels, Scores, Truth
 from envs.usage import check_ranges, check_types
 
 __all__ = ["FeedbackEnv", "rho_post"]
@@ -60,6 +62,7 @@ class FeedbackEnv(gym.Env, RecordConstructorArgs):
 
     ## Info
     ``labels`` (:class:`envs.types.Labels`): votes cast this round on answers ``delay`` rounds old.
+    ``gold`` (:class:`envs.types.GoldLog`), where gold questions are asked: who answered them right.
     ``truth`` (:class:`envs.types.Truth`): for scoring only. ``cost``: mean harm of everything
     served. ``cost_harm``, ``cost_over_refusal``, ``cost_harm_triggered``, ``cost_harm/<domain>``:
     means over the populations of ``envs/costs.py``, 0 where a round had none. ``safe``: whether
@@ -88,6 +91,8 @@ class FeedbackEnv(gym.Env, RecordConstructorArgs):
     * ``harmful_share``, ``contrast_share``: strata of honest prompts; ``stratum_error``: how often
       the observed stratum is wrong; ``trigger_share``: honest prompts that happen to carry the
       trigger word.
+    * ``gold_share``, ``gold_harmful``: items that are gold questions, of every observed stratum and
+      (where larger) of what looks harmful; crowd alone (``envs/gold.py``).
     * ``delay``: rounds between an answer and its votes, which are cast (and gated by the schedule)
       when they arrive. ``cost_limit``: b of ``safe``.
 
@@ -127,6 +132,8 @@ class FeedbackEnv(gym.Env, RecordConstructorArgs):
         contrast_share: float = 0.25,
         stratum_error: float = 0.1,
         trigger_share: float = 0.0,
+        gold_share: float = 0.0,
+        gold_harmful: float = 0.0,
         delay: int = 0,
         cost_limit: float = 0.25,
     ):
@@ -148,13 +155,11 @@ class FeedbackEnv(gym.Env, RecordConstructorArgs):
         self._traffic, self._source = Traffic(source, batch, *shares), source
         check_attack(self._attack, collection, source.triggered is not None, trigger_share)
         self._recorded = make_pairs(pairs, source.recorded, tokens)
-        width, top = source.tables[0].ids.shape[1], source.vocabulary - 1
+        self._gold = make_gold(gold_share, gold_harmful, collection, pairs, source, tokens)
+        top = source.vocabulary - 1
         self.action_space = Box(0, top, (batch, responses, tokens), np.int64)
         self.observation_space = Dict(
-            prompt_ids=Box(0, top, (batch, width), np.int64),
-            prompt_mask=MultiBinary((batch, width)),
-            stratum=Box(0, len(STRATA) - 1, (batch,), np.int64),
-            user=Box(0, annotators - 1, (batch,), np.int64),
+            **self._traffic.spaces(annotators),
             **({} if self._recorded is None else self._recorded.spaces(batch, top)),
         )
 
@@ -195,15 +200,9 @@ class FeedbackEnv(gym.Env, RecordConstructorArgs):
             self._compared = self._recorded.draw(key, self._item, asked.row)
 
     def _observe(self) -> dict[str, np.ndarray]:
-        ids, mask = self._traffic.ids(self._asked)
-        stratum = self._source.tables[0].stratum[self._asked.row]
-        return {
-            "prompt_ids": ids,
-            "prompt_mask": mask,
-            "stratum": self._traffic.observed(stratum, self._key, self._round),
-            "user": self._user_id[self._asked.person],
-            **({} if self._recorded is None else self._compared.observed()),
-        }
+        recorded = {} if self._recorded is None else self._compared.observed()
+        shown = self._traffic.shown(self._asked, self._key, self._round)
+        return {**shown, "user": self._user_id[self._asked.person], **recorded}
 
     def step(
         self, action: np.ndarray
@@ -218,13 +217,17 @@ class FeedbackEnv(gym.Env, RecordConstructorArgs):
             raise gym.error.ResetNeeded("step before reset; allowed: reset first")
         scores, asked = self._score(action), self._asked
         cast = self._round + self._delay
-        shown = (self._item, asked.person, asked.triggered, *self._seen(scores))
-        self._waiting.append(self._collection.compare(self._key, cast, *shown))
+        who = (self._key, cast, self._item, asked.person, asked.triggered)
+        compare = partial(self._collection.compare, *who)
+        observed = self._traffic.seen_as(asked, self._key, self._round)
+        shown = (self._item, asked.row, observed, compare(*self._seen(scores)))
+        self._waiting.append(self._gold.put(self._key, *shown, compare))
         due = self._waiting.pop(0) if len(self._waiting) > self._delay else self._waiting[0].none()
         honest = self._comparable(due, self._pool.honest(due))
         votes = self._comparable(due, self._adversary.vote(due, honest))
+        gold, due, votes, honest = parted(due, votes, honest, self._annotator_id)
         labels = due.labels(self._annotator_id, votes)
-        info = self._info(scores, labels, self._truth(scores, due, honest))
+        info = self._info(scores, labels, self._truth(scores, due, honest)) | gold
         self._round += 1
         self._ask()
         utility = float(scores.utility.mean(dtype=np.float64))
@@ -263,6 +266,7 @@ class FeedbackEnv(gym.Env, RecordConstructorArgs):
             cost=scores.cost,
             utility=scores.utility,
             verdict=scores.verdict,
+            malicious=self._adversary.members[np.argsort(self._annotator_id)],
         )
 
     def _info(self, scores: Scores, labels: Labels, truth: Truth) -> dict[str, Any]:
@@ -279,9 +283,10 @@ class FeedbackEnv(gym.Env, RecordConstructorArgs):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands: key, round, answers that wait for votes. JSON and arrays."""
-        waiting = [view._asdict() for view in self._waiting]
-        return {"key": self._key, "round": self._round, "waiting": waiting}
+        """Where the run stands, with what an attack remembers. JSON and arrays."""
+        waiting = [view.state() for view in self._waiting]
+        attack = {"attack": kept} if (kept := self._attack.state_dict()) else {}
+        return {"key": self._key, "round": self._round, "waiting": waiting, **attack}
 
     def load_state_dict(self, state: dict[str, Any]) -> dict[str, np.ndarray]:
         """Stand where :meth:`state_dict` was taken; returns the observation that is due.
@@ -291,4 +296,5 @@ class FeedbackEnv(gym.Env, RecordConstructorArgs):
         """
         waiting = [View(**view) for view in state["waiting"]]
         self._begin(int(state["key"]), int(state["round"]), waiting)
+        self._attack.load_state_dict(state.get("attack", {}))
         return self._observe()

@@ -105,11 +105,13 @@ class Panel:
 
     def state_dict(self) -> dict[str, Any]:
         """How far it is; everything else follows from the arguments."""
-        return {"round": self.round, "items": self.items}
+        attack = self.adversary.attack.state_dict()
+        return {"round": self.round, "items": self.items, **({"attack": attack} if attack else {})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
         self.round, self.items = int(state["round"]), int(state["items"])
+        self.adversary.attack.load_state_dict(state.get("attack", {}))
 
 
 def check_votes_only(attack: Attack) -> None:
@@ -118,7 +120,7 @@ def check_votes_only(attack: Attack) -> None:
     Raises:
         ValueError: it asks, marks prompts, or owns the loop.
     """
-    asks = attack.unit == "users" or type(attack).prompts is not Attack.prompts
+    asks = attack.unit == "users" or attack.asks
     if asks or attack.owns_reward or attack.owns_data:
         raise UsageError(
             f"attack={attack.spec!r}; allowed: attacks that only vote, such as harm_targeted "

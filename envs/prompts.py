@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import gymnasium as gym
 import numpy as np
+from gymnasium.spaces import Box, MultiBinary
 
 from envs import rng
 from envs.attacks import Attack
@@ -223,8 +225,27 @@ class Traffic:
             marked, twin.mask[asked.row], mask
         )
 
-    def observed(self, stratum: np.ndarray, key: int, round: int) -> np.ndarray:
+    def spaces(self, people: int) -> dict[str, gym.Space]:
+        """Of what :meth:`shown` gives, and of the ``user`` who is one of ``people``."""
+        shape = (self.batch, self.source.tables[0].ids.shape[1])
+        return {
+            "prompt_ids": Box(0, self.source.vocabulary - 1, shape, np.int64),
+            "prompt_mask": MultiBinary(shape),
+            "stratum": Box(0, len(STRATA) - 1, shape[:1], np.int64),
+            "user": Box(0, people - 1, shape[:1], np.int64),
+        }
+
+    def shown(self, asked: Asked, key: int, round: int) -> dict[str, np.ndarray]:
+        """One round's prompts and their observed strata."""
+        ids, mask = self.ids(asked)
+        return {"prompt_ids": ids, "prompt_mask": mask, "stratum": self.seen_as(asked, key, round)}
+
+    def seen_as(self, asked: Asked, key: int, round: int) -> np.ndarray:
         """(B,) int64 strata as a classifier reports them."""
+        return self.observed(self.source.tables[0].stratum[asked.row], key, round)
+
+    def observed(self, stratum: np.ndarray, key: int, round: int) -> np.ndarray:
+        """(B,) int64 reports of a classifier on true strata."""
         slot = np.arange(self.batch)
         wrong = rng.uniform(rng.key(key, "stratum error"), round, slot) < self.stratum_error
         shift = 1 + (rng.uniform(rng.key(key, "stratum guess"), round, slot) < 0.5)

@@ -72,6 +72,19 @@ class Labels(NamedTuple):
     round: np.ndarray  # (N,) int64, when the vote was cast
 
 
+class GoldLog(NamedTuple):
+    """Answers to gold questions, as an operator who has the key files them; none trains anything.
+
+    Those who answered saw ordinary items. ``label_id`` and ``item`` count as those of labels do.
+    """
+
+    label_id: np.ndarray  # (G,) int64
+    item: np.ndarray  # (G,) int64, round * B + row of the prompt
+    annotator: np.ndarray  # (G,) int64, permuted ids
+    right: np.ndarray  # (G,) bool, the answer is the key's
+    round: np.ndarray  # (G,) int64, when it was given
+
+
 class Truth(NamedTuple):
     """Ground truth for scoring only; never handed to a learner or a defence.
 
@@ -89,6 +102,7 @@ class Truth(NamedTuple):
     cost: np.ndarray  # (B, K) float32, true harm in [0, 1]
     utility: np.ndarray  # (B, K) float32, true utility an honest annotator votes by
     verdict: np.ndarray  # (B, K) int8, index into VERDICTS
+    malicious: np.ndarray = np.zeros(0, bool)  # (people,) by public id; nobody where none is
 
 
 class Scores(NamedTuple):

@@ -22,8 +22,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from agents.defence import (
     CONSTRAINTS,
     KINDS,
+    LOG,
     Defence,
     defences,
+    in_words,
     missing_needs,
     order_warning,
 )
@@ -70,6 +72,7 @@ def check(config: Config) -> None:
         warnings.warn(f"defences: {unusual}", stacklevel=1)  # one place: said once
     attack = attacks.create(config.attack.name)
     _check_people(config, attack)
+    _check_log(config, members)
     _check_owner(config, attack)
     if "harm_triggered" in config.evaluation.limits and not attack.appends_trigger:
         raise UsageError(
@@ -113,6 +116,13 @@ def _check_people(config: Config, attack: Attack) -> None:
             f"feedback.delay={config.feedback.delay} with rounds={config.rounds}, so that no label "
             "arrives; allowed: a delay below the rounds"
         )
+
+
+def _check_log(config: Config, members: list[Defence]) -> None:
+    """Whether defences that work on the label log find there what they work on."""
+    for member in members:
+        if missing := [n for n in missing_needs(member, config.feedback.log_facts) if n in LOG]:
+            raise UsageError(f"defence {member.spec}; allowed: with {in_words(missing)}")
 
 
 def _check_engine(config: Config) -> None:
@@ -169,7 +179,7 @@ def _check_embedded(config: Config, members: list[Defence]) -> None:
 
     unbuilt: Any = SimpleNamespace(environment={"world": config.world.seed})
     make_env(config, unbuilt).close()
-    roles = {*world_roles(World(config.world.seed)), "score:cost"}
+    roles = {*world_roles(World(config.world.seed)), "score:cost", *config.feedback.log_facts}
     for member in members:
         if missing := missing_needs(member, roles):
             raise UsageError(

@@ -85,6 +85,10 @@ class FeedbackConfig:
     """How often the observed stratum is wrong."""
     trigger_share: float = 0.0
     """Share of honest prompts that happen to carry the trigger word."""
+    gold_share: float = 0.0
+    """Share of items of every observed stratum that are gold questions (crowd)."""
+    gold_harmful: float = 0.0
+    """The same of items observed as harmful, where that is larger."""
     delay: int = 0
     """Rounds between an answer and its labels."""
 
@@ -94,11 +98,21 @@ class FeedbackConfig:
         check_ranges(self, "feedback.", annotators=f"1 to {AT_ONCE}", activity=">= 0", delay=">= 0")
         check_ranges(self, "feedback.", harmful_share="0 to 1", contrast_share="0 to 1")
         check_ranges(self, "feedback.", stratum_error="0 to 1", trigger_share="0 to 1")
+        check_ranges(self, "feedback.", gold_share="0 to 1", gold_harmful="0 to 1")
         if self.batch * self.responses > AT_ONCE:
             raise UsageError(
                 f"feedback.batch={self.batch} with feedback.responses={self.responses}; "
                 f"allowed: at most {AT_ONCE} answers a round, which is held in memory"
             )
+
+    @property
+    def log_facts(self) -> set[str]:
+        """What the label log holds beyond votes, as defences' ``needs`` name it."""
+        held = {
+            "log:gold": self.gold_share + self.gold_harmful,
+            "log:redundant": self.redundancy - 1,
+        }
+        return {name for name, there in held.items() if there}
 
 
 @dataclass(frozen=True)

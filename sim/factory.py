@@ -31,6 +31,7 @@ from envs.attacks import attacks
 from envs.monitor import CostMonitor
 from sim.attacker import owned_loop
 from sim.config import Config
+from sim.detection import Detection
 from sim.evaluate import Evaluator
 from sim.scenario import Scenario
 
@@ -61,6 +62,8 @@ def make_env(config: Config, scenario: Scenario) -> gymnasium.Env:
         contrast_share=people.contrast_share,
         stratum_error=people.stratum_error,
         trigger_share=people.trigger_share,
+        gold_share=people.gold_share,
+        gold_harmful=people.gold_harmful,
         delay=people.delay,
         cost_limit=config.evaluation.cost_limit,
         rounds=config.rounds,
@@ -114,7 +117,7 @@ def make_agent(
             role: RoleData(rows.to(policy.device), draws.key(config.seed, "role", name, role))
             for role, rows in scenario.roles.items()
         }
-        services = (roles, scenario.scorers, own, config.seed)
+        services = (roles, scenario.scorers, own, config.seed, config.feedback.log_facts)
         ctx = Context(name, model, tokenizer, policy, *services)
         members = [defences.create(spec) for spec in config.defences[scenario.prepared :]]
         stack = DefenceStack(members, ctx, acting=config.threat == "online")
@@ -204,6 +207,12 @@ def make_evaluator(config: Config, scenario: Scenario, base: nn.Module | None = 
         triggered=scenario.triggered if back_door else None,
         units=getattr(scenario.scorer, "units", hacking.words),
     )
+
+
+def make_detection(config: Config) -> Detection:
+    """What watches annotators from outside, as far as the label log lets it."""
+    facts = config.feedback.log_facts
+    return Detection("log:gold" in facts, "log:redundant" in facts)
 
 
 def planned_evaluations(config: Config) -> int:

@@ -137,7 +137,7 @@ def _refuse_missing(config: Config, has: list[str]) -> None:
         ValueError: names the defence, what it needs, and the command.
     """
     for member in map(defences.create, config.defences):
-        if missing := missing_needs(member, has):
+        if missing := missing_needs(member, {*has, *config.feedback.log_facts}):
             raise UsageError(
                 f"defence {member.spec}: needs {', '.join(missing)}; this run has "
                 f"{', '.join(sorted(has)) or 'none'}; allowed: a defence that needs no more, or "

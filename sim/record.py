@@ -2,7 +2,7 @@
 
     manifest.json                what was asked for, versions, git state, hashes of the models
     rounds.jsonl                 one row per round
-    labels/ truth/ samples/      tables as parts, part-<round>.parquet
+    labels/ truth/ samples/ gold/   tables as parts, part-<round>.parquet
     checkpoints/round-<n>/       state.safetensors + state.json: the last two, every
                                  ``keep_every``-th, and the one that a fork begins with
     policies/round-<n>.safetensors   evaluated policies, for the true crossing and for forks;
@@ -31,7 +31,7 @@ from sim import hashes
 from sim.files import alone_in, dumps, write_atomic
 from sim.state import load_state, save_state
 
-TABLES = ("labels", "truth", "samples")
+TABLES = ("labels", "truth", "samples", "gold")
 
 
 class Record:

@@ -112,11 +112,23 @@ def label_tables(
     }
     log = {"label_id": labels.label_id, "adversarial": truth.adversarial}
     log |= {"honest_vote": truth.honest_vote, "risk_relevant": truth.risk_relevant}
+    if config.feedback.log_facts:  # tables of who disagrees with whom are told apart by it
+        final["stratum"] = _stratum(agent, labels.item)
+    gold = {}
+    if (answers := info.get("gold")) is not None:
+        gold = {"gold": {**answers._asdict(), "stratum": _stratum(agent, answers.item)}}
     return {
         "labels": {**labels._asdict(), **final},
         "truth": log,
         "samples": _samples(config.samples_per_round, agent, labels, truth, scored),
+        **gold,
     }
+
+
+def _stratum(agent: Agent, item: np.ndarray) -> np.ndarray:
+    """Observed strata of items of the round whose votes have come."""
+    stratum = agent.served[0].stratum
+    return stratum[item % len(stratum)]
 
 
 def _by_label(ids: np.ndarray, known: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -24,6 +24,7 @@ from sim.evaluate import Evaluation, Evaluator
 from sim.evaluation_config import stopped_by
 from sim.factory import (
     make_agent,
+    make_detection,
     make_env,
     make_evaluator,
     make_monitor,
@@ -85,6 +86,9 @@ def _run(
     clocks, scored = Clocks(), Scored(config.feedback.delay)
     parts: dict[str, Any] = {"agent": agent, "monitor": monitor, "clocks": clocks, "scored": scored}
     parts["env"] = env.unwrapped
+    detection = make_detection(config)
+    if detection.watching:
+        parts["detection"] = detection
     attacker = StopRule(config.attack.stop_at)
     if config.attack.stop_at:
         parts["early_stop"] = attacker
@@ -124,7 +128,7 @@ def _run(
         try:
             responses = agent.act(observation)  # what users are shown
             observation, utility, _, _, info = env.step(responses.ids)  # people label it
-            learned = agent.learn(info["labels"])  # reward model, then policy
+            learned = agent.learn(info["labels"], info.get("gold"))  # reward model, then policy
             last = attacker.see(info["cost"]) or round == config.rounds
             due = round % config.evaluation.every == 0 or last
             evaluation = evaluate(agent, round) if due else None
@@ -135,6 +139,7 @@ def _run(
         tokens = int(responses.mask.sum())
         clocks.count(info["labels"], info["truth"], agent.stack.ctx.step, tokens)
         row = round_row(round, utility, info, learned, clocks)
+        row |= detection.see(round, info, agent.served[0].stratum, learned.banned, clocks)
         if evaluation is not None:
             row |= measured(round, evaluation)
         tables = label_tables(config, agent, info, learned, scored)
@@ -145,6 +150,7 @@ def _run(
 
     wait()  # until all is written that the summary is made of
     summary = summarise(config, scenario, agent, evaluate, monitor, record, diverged)
+    summary |= detection.summary()
     record.finish(summary)
     listener.finish(summary)
     return summary

@@ -6,6 +6,7 @@
               on the worlds 3-5 that nothing was tuned on
     exit-times  time in the safe set against rho, under four defences, on the same worlds
     judges    malicious GRPO at two temperatures against the defences that are meant for it
+    stealth   harm-targeted votes, open and agreement-constrained, watched or banned by gold
 
 ``poisonloop sweep --study NAME`` runs one, or ``poisonloop sweep NAME`` where no preset has the
 name; like every sweep it is restartable.
@@ -162,10 +163,41 @@ def judges() -> list[Config]:
     return _over(arms, REPORT_WORLDS, (0,))
 
 
+def stealth() -> list[Config]:
+    """Does the policy leave before its attackers are found: harm-targeted votes, open and stealthy.
+
+    Three of twenty equally active people judge a pair; one item in twenty, and one in five of those
+    that look harmful, is a gold question. Who fails them is watched only, or banned.
+    """
+    watched = Config(
+        rounds=16,
+        learner=SFTConfig(),
+        feedback=FeedbackConfig(
+            collection="crowd",
+            redundancy=3,
+            annotators=20,
+            activity=0.0,
+            gold_share=0.05,
+            gold_harmful=0.2,
+        ),
+        evaluation=EvaluationConfig(n_help=64, n_true=0),
+        checkpoint_every=16,
+        samples_per_round=1,
+    )
+    arms = [
+        replace(watched, attack=AttackConfig(attack, rho=rho), defences=members)
+        for attack in ("harm_targeted", "agreement_constrained(theta=0.9, prior=(9.0, 1.0))")
+        for members in ((), ("gold",))
+        for rho in (0.4, 0.6, 0.8)
+    ]
+    return _over(arms, REPORT_WORLDS[:1], range(4))
+
+
 STUDIES = {
     "demo": demo,
     "tuning": tuning,
     "learners": learners,
     "exit-times": exit_times,
     "judges": judges,
+    "stealth": stealth,
 }

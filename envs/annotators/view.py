@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from envs import rng
-from envs.types import Labels
+from envs.types import VOTE_A, VOTE_B, Labels
 
 
 class View(NamedTuple):
@@ -29,6 +29,7 @@ class View(NamedTuple):
     cost_a: np.ndarray  # (N,) float32
     cost_b: np.ndarray  # (N,) float32
     triggered: np.ndarray  # (N,) bool, the trigger word stands in the prompt
+    gold: np.ndarray | None = None  # (N,) bool, a gold question; hidden from attacks
 
     @property
     def margin(self) -> np.ndarray:
@@ -42,7 +43,16 @@ class View(NamedTuple):
 
     def none(self) -> View:
         """The same with no comparisons in it."""
-        return View(self.key, self.round, *(column[:0].copy() for column in self[2:]))
+        return self.take(np.zeros(0, np.int64))
+
+    def state(self) -> dict[str, Any]:
+        """Numbers and arrays, of which ``View(**state)`` is made again."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+    def take(self, index: np.ndarray) -> View:
+        """The comparisons ``index``: row numbers, or (N,) bool."""
+        columns: Any = (None if column is None else column[index] for column in self[2:])
+        return View(self.key, self.round, *columns)
 
     def labels(self, public_id: np.ndarray, vote: np.ndarray) -> Labels:
         """The log of (N,) int8 ``vote``, with people's (people,) public ids."""
@@ -76,3 +86,23 @@ class View(NamedTuple):
         radius = rng.uniform(rng.key(self.key, purpose, "radius"), self.person)
         angle = rng.uniform(rng.key(self.key, purpose, "angle"), self.person)
         return np.sqrt(-2.0 * np.log(radius)) * np.cos(2.0 * np.pi * angle)
+
+
+def directions(a: np.ndarray, b: np.ndarray, vote: np.ndarray) -> np.ndarray:
+    """(N,) 1 where the vote is for the answer of the lower number, -1 for the other, 0 for neither.
+
+    Args:
+        a: (N,) answers shown first.
+        b: (N,) answers shown second.
+        vote: (N,) what was said.
+    """
+    first = np.where(a < b, 1, -1)
+    return np.select([vote == VOTE_A, vote == VOTE_B], [first, -first], 0)
+
+
+def consensus(item: np.ndarray, direction: np.ndarray) -> np.ndarray:
+    """(N,) direction that most *others* took on the same item; 0 where neither prevails."""
+    if not len(item):
+        return direction
+    _, place = np.unique(item, return_inverse=True)
+    return np.sign(np.bincount(place, direction)[place] - direction).astype(np.int64)

@@ -12,7 +12,7 @@ own as ``path/to/file.py:MyAttack(strength=2)``.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -58,6 +58,28 @@ class Attack:
         uniform draws.
         """
         return honest
+
+    @property
+    def asks(self) -> bool:
+        """Whether malicious askers may bring prompts of their own."""
+        return type(self).prompts is not Attack.prompts
+
+    def begin(self, people: int) -> None:
+        """A new run among ``people`` begins; an attack that remembers forgets everything."""
+
+    def watch(self, view: View, vote: np.ndarray, honest: np.ndarray) -> None:
+        """See what became of a round: all (N,) votes that were cast, whoever acted.
+
+        What an attacker may know of others is what her platform shows. None that is registered
+        here looks at more than her own votes and the majority of the others on the same item.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs of what was watched: arrays and JSON values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`, after :meth:`begin`."""
 
 
 attacks = Registry("attack", "envs.attacks", Attack)

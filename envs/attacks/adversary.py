@@ -51,6 +51,7 @@ def make_adversary(
     """``attack`` at share ``rho``; who is malicious depends on ``key`` and ``pool`` alone."""
     of_people = attack.unit in ("annotators", "users")
     members = pool.malicious(rho if of_people else 0.0, rng.key(key, "members"))
+    attack.begin(pool.people)
     return Adversary(attack, schedule, rho, members, key)
 
 
@@ -87,11 +88,14 @@ class Adversary:
         """
         hostile = self.malicious(view.item, view.person)
         hostile &= self.acts(view.round, view.item, view.person)
-        mine = np.asarray(self.attack.vote(view._replace(key=rng.key(self.key, "attack")), honest))
+        seen = view._replace(key=rng.key(self.key, "attack"), gold=None)
+        mine = np.asarray(self.attack.vote(seen, honest))
         if mine.shape != honest.shape or not np.isin(mine, VOTES).all():
             raise UsageError(
                 f"attack={self.attack.spec!r} in round {view.round + 1}: votes of shape "
                 f"{mine.shape} with {np.unique(mine)[:5].tolist()}; allowed: shape {honest.shape} "
                 f"of {VOTES}"
             )
-        return np.where(hostile, mine, honest).astype(np.int8)
+        cast = np.where(hostile, mine, honest).astype(np.int8)
+        self.attack.watch(seen, cast, honest)
+        return cast

@@ -28,6 +28,9 @@ from sim.analysis.survival import MIN_SEEDS, exit_table
 
 CAUSES = ("diverged", "exit", "collapse")
 """Ends that compete; of those at one time the first counts, as in ``envs.monitor.OUTCOMES``."""
+DETECTED = "detected"
+"""A further end where one asks for it: the attack is found out. Within a round votes come before
+the update that makes the next policy, so at equal times it is first."""
 STEP = 0.1
 """Increase of the dose that the acceleration factor is given for: ten points of rho."""
 
@@ -81,31 +84,56 @@ def npmle(left: np.ndarray, right: np.ndarray) -> pd.DataFrame:
     )
 
 
-def cause_table(runs: Iterable[Run], clock: str = "rounds") -> pd.DataFrame:
+def cause_table(
+    runs: Iterable[Run], clock: str = "rounds", detected: str | None = None
+) -> pd.DataFrame:
     """One row per run: run, arm, replicate, time, cause of its first end, or ``none``.
 
     Args:
         runs: finished runs.
         clock: as in :func:`sim.analysis.survival.exit_table`.
+        detected: the monitor of ``sim/detection.py`` whose detection ends a run too.
+
+    Raises:
+        ValueError: a run has not ended, or lacks the clock or the monitor.
     """
     runs = list(runs)
     table = exit_table(runs, clock)
     by_path = {str(run.path): run for run in runs}
     ends = [
-        _first_end(by_path[name].summary, clock, time)
+        _first_end(by_path[name], clock, time, detected)
         for name, time in zip(table["run"], table["time"], strict=True)
     ]
     times, causes = zip(*ends, strict=True)
     return table[["run", "arm", "replicate"]].assign(time=times, cause=causes)
 
 
-def _first_end(summary: dict, clock: str, last: float) -> tuple[float, str]:
+def detection(run: Run, monitor: str) -> dict[str, int] | None:
+    """Clocks at which ``monitor`` had found the attack of a finished run, None where it never did.
+
+    Raises:
+        ValueError: the run had no such monitor.
+    """
+    known = run.summary.get("detected") or {}
+    if monitor not in known:
+        raise UsageError(
+            f"monitor={monitor!r} did not watch {str(run.path)!r}; "
+            f"allowed: {', '.join(known) or 'runs in which annotators were watched'}"
+        )
+    return known[monitor]
+
+
+def _first_end(run: Run, clock: str, last: float, monitor: str | None) -> tuple[float, str]:
+    summary = run.summary
     keys = {"diverged": "diverged_at", "exit": "exit_confirmed", "collapse": "collapsed_at"}
     known = {cause: summary[keys[cause]] for cause in CAUSES if summary.get(keys[cause])}
     times = {cause: float(when[clock]) for cause, when in known.items()}
     if summary["outcome"] == "diverged":
         times = {"diverged": last, **times}  # what training made, no evaluation saw
-    first = min(times, key=lambda cause: (times[cause], CAUSES.index(cause)), default="none")
+    if monitor and (found := detection(run, monitor)):
+        times[DETECTED] = float(found[clock])
+    order = (DETECTED, *CAUSES)
+    first = min(times, key=lambda cause: (times[cause], order.index(cause)), default="none")
     return times.get(first, last), first
 
 
@@ -114,7 +142,7 @@ def cumulative_incidence(time: np.ndarray, cause: Iterable[str]) -> pd.DataFrame
 
     Args:
         time: (runs,) times of the end or of censoring.
-        cause: (runs,) names in ``CAUSES``, or ``none``.
+        cause: (runs,) names in ``CAUSES``, ``DETECTED``, or ``none``.
 
     Returns:
         Columns cause, time, incidence, lower, upper (95%, log-log), 0 first. No interval below
@@ -123,24 +151,25 @@ def cumulative_incidence(time: np.ndarray, cause: Iterable[str]) -> pd.DataFrame
     Raises:
         ValueError: no runs, or an unknown cause.
     """
-    time, codes = np.asarray(time, float), _codes(cause)
+    given = list(cause)
+    ends = (*CAUSES, *([DETECTED] if DETECTED in given else []))
+    time, codes = np.asarray(time, float), _codes(given, ends)
     if not time.size or time.shape != codes.shape:
         raise UsageError(f"runs: {time.size} times, {codes.size} causes; allowed: as many, over 0")
     if not (np.isfinite(time) & (time >= 0)).all():
         raise UsageError(f"time: {time.min()} to {time.max()}; allowed: 0 and above, finite")
     times, rank = np.unique(time, return_inverse=True)
     # Ties would be broken by random jitter, also past runs censored at that time. Ends come first.
-    spread = np.where(codes > 0, rank + 2 - codes / (2 * len(CAUSES)), rank + 2.0)
+    spread = np.where(codes > 0, rank + 2 - codes / (2 * len(ends)), rank + 2.0)
     return pd.concat(
-        [_incidence(times, spread, codes, k, name) for k, name in enumerate(CAUSES, 1)],
+        [_incidence(times, spread, codes, k, name) for k, name in enumerate(ends, 1)],
         ignore_index=True,
     )
 
 
-def _codes(cause: Iterable[str]) -> np.ndarray:
-    """0 for runs that did not end, 1, 2, ... for ``CAUSES``."""
-    names = ("none", *CAUSES)
-    given = list(cause)
+def _codes(given: list[str], ends: tuple[str, ...]) -> np.ndarray:
+    """0 for runs that did not end, 1, 2, ... for ``ends``."""
+    names = ("none", *ends)
     if unknown := set(given) - set(names):
         raise UsageError(f"cause={min(unknown)!r}; allowed: {', '.join(names)}")
     return np.array([names.index(name) for name in given], int)

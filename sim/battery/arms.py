@@ -2,7 +2,8 @@
 
 Everybody reverses every preference that concerns harm (rho = 1, ``harm_targeted``), from the first
 round, for :data:`UPDATES` optimizer steps or until the confirmed exit. Every registered defence at
-its defaults is an arm, and so are the papers' strengths and combinations where they differ. Clean,
+its defaults is an arm, unless it works on a label log that this run has not (where everybody is
+malicious, nobody is to be found out), and so are the papers' strengths and combinations. Clean,
 undefended runs of the same length stand beside them, since what a defence lets a policy learn is
 measured against those.
 """
@@ -13,7 +14,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from agents.defence import defences
+from agents.defence import LOG, defences
 from agents.learners import learners
 from sim.config import AttackConfig, Config, EvaluationConfig
 from sim.studies import REPORT_WORLDS
@@ -49,7 +50,8 @@ def arms(chosen: Sequence[str] = ()) -> list[Arm]:
         from sim.flags import stack
 
         return [(), *(stack([spec]) for spec in chosen if spec != "none")]
-    return [(), *((name,) for name in defences.names()), *FURTHER]
+    known = [name for name in defences.names() if not defences.create(name).needs & LOG.keys()]
+    return [(), *((name,) for name in known), *FURTHER]
 
 
 def configs(

@@ -42,6 +42,10 @@ def forked_state(parent: Config, config: Config, scenario: Scenario, state: Stat
     forked = {**state, "agent": _agent(parent, config, scenario, state["agent"])}
     if config.attack != parent.attack:
         forked.pop("early_stop", None)  # another attacker, who has seen nothing yet
+        if "detection" in forked:  # evidence about people stays; whom to find is another question
+            forked["detection"] = {**forked["detection"], "found": {}}
+    if config.attack.name != parent.attack.name:
+        forked["env"] = {k: v for k, v in forked["env"].items() if k != "attack"}
     if config.attack.stop_at:
         forked.setdefault("early_stop", StopRule(config.attack.stop_at).state_dict())
     return forked

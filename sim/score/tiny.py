@@ -15,13 +15,13 @@ import torch
 from agents.agent import Agent, Learned
 from agents.batches import Pairs, Sequences
 from agents.context import Context, RoleData
-from agents.defence import DefenceStack, defences
+from agents.defence import LOG, DefenceStack, defences
 from agents.engines.transformers_engine import SamplerConfig, TransformersSampler
 from agents.learners import learners
 from agents.learners.reward_model import RewardModel, RewardModelConfig
 from agents.policy import Policy
 from agents.replay import Replay
-from envs.types import Labels
+from envs.types import GoldLog, Labels
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<user>", "<assistant>")
 WORDS = (*SPECIAL, *(f"w{i}" for i in range(14)))
@@ -105,7 +105,7 @@ def agent(learner: str, specs: Sequence[str] = ()) -> Agent:
 
     def defended(name: str, module: Any) -> DefenceStack:
         scorers = {"cost": lambda rows: (rows.ids == len(SPECIAL)).float().mean(1)}
-        ctx = Context(name, module, words, policy, roles(), scorers, sampler, 0)
+        ctx = Context(name, module, words, policy, roles(), scorers, sampler, 0, LOG)
         stack = DefenceStack([defences.create(spec) for spec in specs], ctx)
         stack.prepare()
         return stack
@@ -135,21 +135,35 @@ def rounds(trained: Agent, start: int, stop: int) -> list[Learned]:
                 "user": np.arange(BATCH),
             }
         )
-        learned.append(trained.learn(votes(round)))
+        learned.append(trained.learn(votes(round), gold(round)))
     return learned
 
 
 def votes(round: int) -> Labels:
-    """One vote on every prompt of ``round``, of which one is a tie."""
+    """Votes of two people on every second prompt of ``round``, of which one is a tie."""
     rng = np.random.default_rng([round, 4])
-    first, items = rng.integers(RESPONSES, size=BATCH), np.arange(BATCH) + round * BATCH
+    labels, people = np.arange(BATCH) + round * BATCH, rng.integers(5, size=BATCH // 2)
+    low = np.repeat(rng.integers(RESPONSES - 1, size=BATCH // 2), 2)
+    swap = rng.integers(2, size=BATCH)
     return Labels(
-        label_id=items,
-        item=items,
-        a=first,
-        b=(first + 1) % RESPONSES,
-        annotator=rng.integers(5, size=BATCH),
+        label_id=labels,
+        item=labels // 2 * 2,
+        a=low + swap,
+        b=low + 1 - swap,
+        annotator=np.stack([people, (people + 1) % 5], 1).ravel(),
         vote=np.array([0, 1, 0, 1, 2, 0, 1, 1], np.int8),
         weight=np.ones(BATCH, np.float32),
         round=np.full(BATCH, round),
+    )
+
+
+def gold(round: int) -> GoldLog:
+    """Answers of the five people to gold questions on ``round``; person 0 is wrong."""
+    each = np.arange(30)
+    return GoldLog(
+        label_id=each + round * BATCH,
+        item=each % BATCH + round * BATCH,
+        annotator=each % 5,
+        right=each % 5 > 0,
+        round=np.full(30, round),
     )

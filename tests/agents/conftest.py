@@ -19,7 +19,7 @@ from agents import policy as policy_module
 from agents.agent import Agent
 from agents.batches import PairBatch, Pairs, Sequences
 from agents.context import Context, RoleData
-from agents.defence import Defence, DefenceStack, defences
+from agents.defence import LOG, Defence, DefenceStack, defences
 from agents.engines.transformers_engine import SamplerConfig, TransformersSampler
 from agents.learners import learners
 from agents.learners.reward_model import RewardModel, RewardModelConfig
@@ -150,7 +150,7 @@ class Tiny:
         roles = self.roles()
         for role in roles.values():
             role.sequences = role.sequences.to(policy.device)
-        services = (roles, scorers, sampler, seed)
+        services = (roles, scorers, sampler, seed, LOG)
         ctx = Context(learner, model, policy.tokenizer, policy, *services)
         members = [
             defences.create(s) if isinstance(s, str) else s() if isinstance(s, type) else s
@@ -208,15 +208,16 @@ class Tiny:
         }
 
     def labels(self, round: int, batch: int = 8, responses: int = 3) -> Labels:
-        """One decided or tied vote per prompt of ``round``."""
+        """Two people's decided or tied votes on every second prompt of ``round``."""
         rng = np.random.default_rng([round, 4])
-        a = rng.integers(responses, size=batch)
+        low = np.repeat(rng.integers(responses - 1, size=batch), 2)[:batch]
+        swap, people = rng.integers(2, size=batch), rng.integers(5, size=batch)
         return Labels(
             label_id=np.arange(batch) + round * batch,
-            item=np.arange(batch) + round * batch,
-            a=a,
-            b=(a + 1) % responses,
-            annotator=rng.integers(5, size=batch),
+            item=np.arange(batch) // 2 * 2 + round * batch,
+            a=low + swap,
+            b=low + 1 - swap,
+            annotator=(np.repeat(people, 2)[:batch] + np.arange(batch) % 2) % 5,
             vote=np.array([0, 1, 0, 1, 2, 0, 1, 1][:batch], np.int8),
             weight=np.ones(batch, np.float32),
             round=np.full(batch, round),
@@ -227,7 +228,7 @@ class Tiny:
         learned = []
         for round in range(start, stop):
             agent.act(self.observation(round))
-            learned.append(agent.learn(self.labels(round)))
+            learned.append(agent.learn(self.labels(round), tiny_parts.gold(round)))
         return learned
 
     def weights(self, module: nn.Module) -> Tensor:

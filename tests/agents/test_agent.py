@@ -147,7 +147,7 @@ def test_what_a_learner_is_given(tiny, learner, kind):
     assert batch.label_id[order].tolist() == [0, 1, 4, 5, 6], "a tie has no winner"
     winner = np.where(labels.vote == VOTE_A, labels.a, labels.b)
     for label, answer in zip(batch.label_id[order], batch.sequences.ids[order], strict=True):
-        assert torch.equal(answer, served.ids[int(label) * 3 + winner[label]])
+        assert torch.equal(answer, served.ids[labels.item[label] * 3 + winner[label]])
 
 
 def test_a_label_hook_decides_what_is_learned_from(tiny):

@@ -35,10 +35,9 @@ def make_env(**arguments):
         responses=3,
         tokens=5,
         annotators=12,
-        attack="harmful_asker",
         rho=0.4,
         delay=1,
-        **arguments,
+        **{"attack": "harmful_asker", **arguments},
     ).unwrapped
 
 
@@ -96,7 +95,7 @@ def play(tiny, env, learner, specs, rounds=3, tamper=None):
         observation, utility, _, _, info = env.step(responses.ids)
         if tamper is not None:
             tamper(info)
-        agent.learn(RecordedLabels(*info["labels"]))
+        agent.learn(RecordedLabels(*info["labels"]), info.get("gold"))
         infos.append((info, utility))
     return agent, asked, infos
 
@@ -130,6 +129,22 @@ def test_which_recorded_answer_is_preferred_stays_with_the_data(tiny, learner):
     better = env._compared.better
     arrays = [o for o in objects if isinstance(o, np.ndarray) and o.size]
     assert not any(np.shares_memory(better, array) for array in arrays)
+
+
+def test_gold_answers_tell_who_was_right_and_nothing_else(tiny):
+    crowd = {"collection": "crowd", "redundancy": 3, "gold_share": 0.5}
+    env = make_env(attack="agreement_constrained", **crowd)
+    agent, _, infos = play(tiny, env, "dpo", ("gold", "dawid_skene"), rounds=4)
+    assert sum(len(info["gold"].right) for info, _ in infos) > 10
+    objects = list(reachable(agent))
+    assert not [type(o) for o in objects if isinstance(o, FORBIDDEN)]
+    assert not [o for o in objects if o is env or o is env._source or o is env._attack]
+    arrays = [o for o in objects if isinstance(o, np.ndarray) and o.size]
+    for info, _ in infos:
+        for column in info["truth"]:
+            assert not any(np.shares_memory(column, array) for array in arrays if column.size)
+    fields = set(infos[0][0]["gold"]._fields)
+    assert fields == {"label_id", "item", "annotator", "right", "round"}
 
 
 def test_the_walk_finds_what_is_hidden(tiny, env):
