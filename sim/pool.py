@@ -8,7 +8,6 @@ once, in the middle of a round if need be, so that the next sweep finds nobody i
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
@@ -179,16 +178,15 @@ def _do(job: Job, relay: Listener) -> tuple[str, Any]:
     from sim.progress import quiet_loading
     from sim.resume import is_finished
     from sim.run import run
+    from sim.seal import read_sealed
 
     quiet_loading()
     told = error_file(job.path)
     try:
         config = from_dict(job.config)
         if is_finished(job.path, config):
-            return "done", json.loads((job.path / "summary.json").read_text())
+            return "done", read_sealed(job.path / "summary.json")
         resume = (job.path / "manifest.json").is_file()
-        if not resume and job.path.is_dir() and not any(job.path.iterdir()):
-            job.path.rmdir()  # killed between making the directory and writing to it
         summary = run(config, job.path, resume=resume, listener=relay)
     except (BrokenPipeError, _LeaseLost):
         raise

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +28,9 @@ from sim.config import Config
 from sim.lease import LEASES, Lease
 from sim.manifest import code_now, code_of
 from sim.pool import Job, work_off
+from sim.record import Record
 from sim.resume import is_finished, saved_config
+from sim.seal import read_sealed
 from sim.sweep_progress import SweepListener
 
 RETRIED = ".retried"
@@ -153,7 +154,7 @@ def _refuse_other_code(cell: Cell) -> None:
     file = cell.path / "manifest.json"
     if not file.is_file():
         return
-    began, now = code_of(json.loads(file.read_text())), code_now()
+    began, now = code_of(read_sealed(file)), code_now()
     if began not in (None, now):
         raise UsageError(
             f"out: {str(cell.path)!r} was run by poisonloop {began}, this is {now}, and their runs "
@@ -169,8 +170,8 @@ def set_aside(cells: Sequence[Cell], outcome: str) -> list[Path]:
         if lease is None:  # another sweep is at it
             continue
         with lease.beating():
-            file = cell.path / "summary.json"
-            if not file.is_file() or json.loads(file.read_text())["outcome"] != outcome:
+            summary = Record(cell.path).summary()
+            if summary is None or summary["outcome"] != outcome:
                 continue
             kept = cell.path.parent / RETRIED
             kept.mkdir(exist_ok=True)

@@ -14,6 +14,7 @@ from envs.usage import UsageError
 from sim.analysis.arm_names import leaves
 from sim.config import Config
 from sim.record import Record
+from sim.seal import read_sealed
 
 FREE = ("attack.", "learner.", "defences", "rounds")
 """Fields in which a fork may differ from its parent; what they begin with."""
@@ -91,7 +92,7 @@ def _check_offline(parent: Config, config: Config) -> None:
 def _check_ended(path: Path, parent: Config, config: Config, at: int) -> None:
     """A run that was ended by its own rule would end again at once."""
     file = path / "summary.json"
-    summary = json.loads(file.read_text()) if file.is_file() else {}
+    summary = read_sealed(file) if file.is_file() else {}
     left = summary.get("exit_confirmed") or {}
     if config.evaluation.stop_on_exit and left.get("rounds", at + 1) <= at:
         raise UsageError(
@@ -143,7 +144,7 @@ def branch(path: Path, parent: Config, config: Config, at: int, out: Path, comma
         state = forked_state(parent, config, scenario, Record(source).state(at))
         told = {"parent": str(path.resolve()), "at": at, "changed": changes(parent, config)}
         told["rebuilt"] = source != path
-        before = json.loads((path / "manifest.json").read_text()).get("fork")
+        before = Record(path).manifest().get("fork")
         facts = {**manifest(config, scenario), "command": command}
         facts["fork"] = {**told, "of": before}
         graft(source, at, out, facts, state)
