@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sim.config import AttackConfig, Config, EvaluationConfig, FeedbackConfig, from_dict
+from sim.seal import read_sealed, write_sealed
 
 pytestmark = pytest.mark.world
 
@@ -240,9 +241,9 @@ def test_resuming_with_another_model_or_other_code_is_refused(tmp_path, embedded
     with pytest.raises(ValueError, match="began with another .*witness.py"):
         run(longer, tmp_path / "run", resume=True)
     plugin.write_text(PLUGIN)
-    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    manifest = read_sealed(tmp_path / "run/manifest.json")
     manifest["model_hashes"] = {name: "0" * 32 for name in manifest["model_hashes"]}
-    (tmp_path / "run/manifest.json").write_text(json.dumps(manifest))
+    write_sealed(tmp_path / "run/manifest.json", manifest)
     with pytest.raises(ValueError, match="began with another"):
         run(longer, tmp_path / "run", resume=True)
 

@@ -20,6 +20,7 @@ from sim.cli import main
 from sim.lease import LEASES, Lease
 from sim.pool import Job, work_off
 from sim.presets import preset
+from sim.seal import read_sealed, write_sealed
 from sim.sweep import RETRIED, Cell, set_aside
 from sim.sweep_progress import SweepListener
 from sim.sweep_status import Standing, seconds_left, standing
@@ -152,9 +153,9 @@ def test_other_code_is_refused_unless_asked_for(
     words = [*SMALL, "--rounds", "2", "--out", str(tmp_path)]
     assert main(words) == 0
     (manifest,) = tmp_path.glob("*/manifest.json")
-    told = json.loads(manifest.read_text())
+    told = read_sealed(manifest)
     told["versions"]["poisonloop"] = "0.0.1"
-    manifest.write_text(json.dumps(told))
+    write_sealed(manifest, told)
     capsys.readouterr()
     assert main(words) == 2
     assert "was run by poisonloop 0.0.1" in capsys.readouterr().err
