@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from sim.lease import LEASES, Lease
 from sim.listener import Listener
@@ -37,6 +37,13 @@ class Job(NamedTuple):
 
     path: Path
     config: dict[str, Any]
+
+
+class Speaks(Protocol):
+    """Where a worker tells of its rounds."""
+
+    def send(self, message: tuple[str, Any], /) -> None:
+        """Tell ``message``, a kind and its content."""
 
 
 class Worker:
@@ -122,7 +129,7 @@ class _LeaseLost(Exception):
 class _Relay(Listener):
     """Sends a run's rounds through the pipe, as long as the run is this process's."""
 
-    def __init__(self, pipe: Connection, lease: Lease):
+    def __init__(self, pipe: Speaks, lease: Lease):
         self.pipe = pipe
         self.lease = lease
 
@@ -144,7 +151,7 @@ def serve(pipe: Connection) -> None:
     warnings.simplefilter("ignore", UserWarning)  # the parent has said what is unusual
     try:
         while True:
-            pipe.send(_claimed(pipe.recv(), pipe))
+            pipe.send(claimed(pipe.recv(), pipe))
     except (EOFError, BrokenPipeError):
         return
 
@@ -157,8 +164,12 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _claimed(job: Job, pipe: Connection) -> tuple[str, Any]:
-    """:func:`_do`, unless another process is at it."""
+def claimed(job: Job, pipe: Speaks) -> tuple[str, Any]:
+    """Do one job, unless another process is at it; what came of it, and of its rounds by ``pipe``.
+
+    Returns:
+        ``("done", summary)``, or ``("failed", reason)``, of which :data:`ELSEWHERE` is one.
+    """
     try:
         lease = Lease.claim(job.path.parent / LEASES, job.path.name)
     except OSError as error:
@@ -191,7 +202,11 @@ def _do(job: Job, relay: Listener) -> tuple[str, Any]:
     except (BrokenPipeError, _LeaseLost):
         raise
     except Exception as error:
-        told.write_text(traceback.format_exc())
-        return "failed", f"{type(error).__name__}: {error} (see {told})"
+        reason = f"{type(error).__name__}: {error}"
+        try:
+            told.write_text(traceback.format_exc())
+        except OSError:  # a full disk
+            return "failed", reason
+        return "failed", f"{reason} (see {told})"
     told.unlink(missing_ok=True)
     return "done", summary

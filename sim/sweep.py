@@ -54,22 +54,25 @@ def sweep(
     listener: SweepListener | None = None,
     any_code: bool = False,
     retry: str | None = None,
+    ray: str | None = None,
 ) -> dict[str, Any]:
     """Run every config and tabulate the arms, which are named by what differs between them.
 
     Args:
         configs: runs; equal ones are one run.
         out: folder of the run directories; earlier runs in it are tabulated too.
-        jobs: processes at once; one per core when absent.
+        jobs: runs at a time; one per core when absent.
         listener: hears of every round of every run.
         any_code: go on with runs that other code has begun or ended.
         retry: set runs with this outcome aside and run them again.
+        ray: address of a Ray cluster to run on (``local`` starts one); processes here when absent.
 
     Returns:
         ``{"arms": [...], "runs": [...]}``, also written as ``table.json`` and ``table.csv``.
 
     Raises:
-        ValueError: no runs, a bad config, or a directory that holds another run or other code's.
+        ValueError: no runs, a bad config, a directory that holds another run or other code's, or no
+            cluster at that address.
     """
     from sim.scenario import make_scenario
     from sim.sweep_table import tabulate, write_table
@@ -93,13 +96,24 @@ def sweep(
     todo = [cell for cell in cells if not is_finished(cell.path, cell.config)]
     todo.sort(key=lambda cell: cell.config.seed)  # cut short, every arm has its first seeds
     listener.begin({c.path: c.config.rounds for c in todo}, len(cells) - len(todo))
-    failures = work_off([Job(c.path, c.config.to_dict()) for c in todo], jobs, listener)
+    failures = _work_off([Job(c.path, c.config.to_dict()) for c in todo], jobs, listener, ray)
     for cell in todo:  # another sweep may have made good what failed here
         if is_finished(cell.path, cell.config):
             failures.pop(cell.path, None)
     table = tabulate(out, cells, failures)
     write_table(table, out)
     return table
+
+
+def _work_off(
+    todo: list[Job], jobs: int | None, listener: SweepListener, ray: str | None
+) -> dict[Path, str]:
+    if ray is None or not todo:
+        return work_off(todo, jobs, listener)
+    from sim import ray_pool
+
+    with ray_pool.cluster(ray, jobs) as connected:
+        return ray_pool.work_off(connected, todo, jobs, listener)
 
 
 def plan(configs: Sequence[Config], out: Path) -> list[Cell]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from envs.monitor import OUTCOMES
-from envs.usage import UsageError
+from envs.usage import Interrupted, UsageError
 from sim import flags
 from sim.analysis.arm_names import arm_names
 from sim.checks import check_out
@@ -36,6 +36,7 @@ not run again, and table and report cover all of them.
 
   --seeds N        seeds 0 to N-1, from --seed where that is given (or list them: --seed 0 3 7)
   --jobs N         runs at a time (default: one per core, {cores} here)
+  --backend ray    on a Ray cluster; --address auto or HOST:PORT (default: one started here)
   --out DIR        folder of the run directories (default runs/sweep)
   --config FILE    YAML or JSON, read before the flags
   --defence a+b    a stack within one arm; `none` is no defence
@@ -59,7 +60,7 @@ def command(words: list[str]) -> int:
         print(USAGE.format(cores=os.cpu_count(), **lists), end="")
         return 0
     out = Path(flags.take(options, "--out") or "runs/sweep")
-    asked = flags.whole(options, "--jobs")
+    asked, ray = flags.whole(options, "--jobs"), _ray_address(options)
     jobs = (os.cpu_count() or 1) if asked is None else asked
     if jobs < 1:
         raise UsageError(f"jobs={jobs}; allowed: >= 1")
@@ -74,21 +75,46 @@ def command(words: list[str]) -> int:
     arms = set(arm_names([cell.config.to_dict() for cell in cells]))
     rounds = {cell.config.rounds for cell in cells}
     lengths = " or ".join(map(str, sorted(rounds)))
-    print(f"{len(cells)} runs in {len(arms)} arms, {lengths} rounds each, {jobs} at a time: {out}/")
+    far = ray not in (None, "local") and asked is None
+    at_once = f"all that fit into the Ray cluster {ray}" if far else jobs
+    runs = f"{len(cells)} runs in {len(arms)} arms, {lengths} rounds each"
+    print(f"{runs}, {at_once} at a time: {out}/")
     if only:
         print_status([standing(cell) for cell in cells], jobs, every="--dry-run" in only)
         return 0
+    again = shlex.join(["poisonloop", "sweep", *words])
     try:
         with sweep_progress() as listener:
-            table = sweep(configs, out, jobs, listener, any_code, retried)
+            table = sweep(configs, out, None if far else jobs, listener, any_code, retried, ray)
     except KeyboardInterrupt:
-        again = shlex.join(["poisonloop", "sweep", *words])
         print(f"stopped; continue with: {again}", file=sys.stderr)
         return 130
+    except Interrupted as error:
+        raise Interrupted(f"{error}\ncontinue with: {again}") from error
     print_table(table)
     if claimed:
         _print_claims(table, out)
     return _finish(table, out)
+
+
+def _ray_address(options: flags.Options) -> str | None:
+    """Take ``--backend`` and ``--address`` out of ``options``; None for processes of this host.
+
+    Raises:
+        ValueError: another backend, an address without Ray, or Ray is not installed.
+    """
+    backend = flags.take(options, "--backend") or "local"
+    address = flags.take(options, "--address")
+    if backend not in ("local", "ray"):
+        raise UsageError(f"backend={backend!r}; allowed: local, ray")
+    if backend == "local":
+        if address:
+            raise UsageError(f"address={address!r} with backend='local'; allowed: --backend ray")
+        return None
+    from sim.ray_pool import LOCAL, require_ray
+
+    require_ray()
+    return address or LOCAL
 
 
 def _print_claims(table: dict[str, Any], out: Path) -> None:

@@ -1,4 +1,4 @@
-"""A run directory cut at any byte of any file, or with a flipped bit: mended, or refused by name."""
+"""A run directory cut at any byte of any file, or with a flipped bit: mended, or refused."""
 
 from __future__ import annotations
 

@@ -297,9 +297,9 @@ def test_other_versions_are_noted_in_the_manifest(tmp_path, embedded_models):
 
     run(replace(SMALL, rounds=1), tmp_path / "run")
     file = tmp_path / "run/manifest.json"
-    manifest = json.loads(file.read_text())
+    manifest = read_sealed(file)
     began = {**manifest["versions"], "torch": "0.1"}
-    file.write_text(json.dumps({**manifest, "versions": began}))
+    write_sealed(file, {**manifest, "versions": began})
     run(replace(SMALL, rounds=2), tmp_path / "run", resume=True)
     noted = json.loads(file.read_text())
     assert noted["versions"] == began and noted["continued_with"] == [manifest["versions"]]
