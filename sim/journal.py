@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sim.files import append, dumps, write_atomic
+from sim.files import append, dumps, told_of, write_atomic
 from sim.seal import opened, sealed
 
 ROUNDS, COMMITS = "rounds.jsonl", "commits.jsonl"
@@ -45,7 +45,7 @@ class Journal:
     def commit(self, round: int, files: dict[str, Any]) -> None:
         """Vouch for the rows until ``round``, and for ``files``: length and hash by name."""
         for file in self._both(ROUNDS):
-            with open(file, "rb") as rows:
+            with told_of(file), open(file, "rb") as rows:
                 os.fsync(rows.fileno())
         rows_hash = [self._length, self._hash.copy().hexdigest()]
         line = _line({"round": round, "rounds": rows_hash, "files": files})
