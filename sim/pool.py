@@ -33,10 +33,11 @@ AGAIN = 2.0
 
 
 class Job(NamedTuple):
-    """One run to do: where, and the dict of its config."""
+    """One run to do: where, the dict of its config, and the sink that shows its rounds."""
 
     path: Path
     config: dict[str, Any]
+    track: str | None = None
 
 
 class Speaks(Protocol):
@@ -190,6 +191,7 @@ def _do(job: Job, relay: Listener) -> tuple[str, Any]:
     from sim.resume import is_finished
     from sim.run import run
     from sim.seal import read_sealed
+    from sim.track import tracked
 
     quiet_loading()
     told = error_file(job.path)
@@ -198,7 +200,7 @@ def _do(job: Job, relay: Listener) -> tuple[str, Any]:
         if is_finished(job.path, config):
             return "done", read_sealed(job.path / "summary.json")
         resume = (job.path / "manifest.json").is_file()
-        summary = run(config, job.path, resume=resume, listener=relay)
+        summary = run(config, job.path, resume=resume, listener=tracked(relay, job.track, job.path))
     except (BrokenPipeError, _LeaseLost):
         raise
     except Exception as error:

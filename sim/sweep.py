@@ -55,6 +55,7 @@ def sweep(
     any_code: bool = False,
     retry: str | None = None,
     ray: str | None = None,
+    track: str | None = None,
 ) -> dict[str, Any]:
     """Run every config and tabulate the arms, which are named by what differs between them.
 
@@ -66,6 +67,7 @@ def sweep(
         any_code: go on with runs that other code has begun or ended.
         retry: set runs with this outcome aside and run them again.
         ray: address of a Ray cluster to run on (``local`` starts one); processes here when absent.
+        track: sink that shows every run's rounds, of :data:`sim.track.SINKS`.
 
     Returns:
         ``{"arms": [...], "runs": [...]}``, also written as ``table.json`` and ``table.csv``.
@@ -96,7 +98,8 @@ def sweep(
     todo = [cell for cell in cells if not is_finished(cell.path, cell.config)]
     todo.sort(key=lambda cell: cell.config.seed)  # cut short, every arm has its first seeds
     listener.begin({c.path: c.config.rounds for c in todo}, len(cells) - len(todo))
-    failures = _work_off([Job(c.path, c.config.to_dict()) for c in todo], jobs, listener, ray)
+    work = [Job(c.path, c.config.to_dict(), track) for c in todo]
+    failures = _work_off(work, jobs, listener, ray)
     for cell in todo:  # another sweep may have made good what failed here
         if is_finished(cell.path, cell.config):
             failures.pop(cell.path, None)

@@ -22,6 +22,7 @@ from sim.sweep import plan, sweep
 from sim.sweep_progress import sweep_progress
 from sim.sweep_status import print_status, standing
 from sim.sweep_table import print_table
+from sim.track import check_track
 
 USAGE = """\
 usage: poisonloop sweep [PRESET] [flags of `poisonloop run`, each with one value or several]
@@ -44,6 +45,7 @@ not run again, and table and report cover all of them.
   --status         only say how far every run is, and how long the rest may take
   --dry-run        only list the runs
   --retry diverged set runs with this outcome aside (into DIR/.retried) and run them again
+  --track NAME     show rounds elsewhere too: tensorboard (RUN/tensorboard)
   --any-code       go on with runs that another version or commit of poisonloop began
 
 Several sweeps, on one host or on many that see DIR, work off one set of runs: none is shared.
@@ -66,6 +68,8 @@ def command(words: list[str]) -> int:
         raise UsageError(f"jobs={jobs}; allowed: >= 1")
     check_out(out)
     only = [flag for flag in ("--status", "--dry-run") if options.pop(flag, None) is not None]
+    track = flags.take(options, "--track")
+    check_track(track)
     retried, any_code = flags.take(options, "--retry"), options.pop("--any-code", None) is not None
     if retried not in (None, *OUTCOMES):
         raise UsageError(f"retry={retried!r}; allowed: {', '.join(OUTCOMES)}")
@@ -76,16 +80,17 @@ def command(words: list[str]) -> int:
     rounds = {cell.config.rounds for cell in cells}
     lengths = " or ".join(map(str, sorted(rounds)))
     far = ray not in (None, "local") and asked is None
-    at_once = f"all that fit into the Ray cluster {ray}" if far else jobs
+    said = f"all that fit into the Ray cluster {ray}" if far else jobs
     runs = f"{len(cells)} runs in {len(arms)} arms, {lengths} rounds each"
-    print(f"{runs}, {at_once} at a time: {out}/")
+    print(f"{runs}, {said} at a time: {out}/")
     if only:
         print_status([standing(cell) for cell in cells], jobs, every="--dry-run" in only)
         return 0
     again = shlex.join(["poisonloop", "sweep", *words])
     try:
         with sweep_progress() as listener:
-            table = sweep(configs, out, None if far else jobs, listener, any_code, retried, ray)
+            most = None if far else jobs
+            table = sweep(configs, out, most, listener, any_code, retried, ray, track)
     except KeyboardInterrupt:
         print(f"stopped; continue with: {again}", file=sys.stderr)
         return 130
