@@ -27,7 +27,7 @@ WORDS = (
 def tree(out: Path) -> dict[str, bytes]:
     runs = [path.parent for path in out.glob("*/manifest.json")]
     files = [path for run in runs for path in run.rglob("*") if path.is_file()]
-    other = ("timings.jsonl", ".lock")
+    other = ("timings.jsonl", ".lock", "manifest.json")  # who commits meanwhile changes the last
     return {str(p.relative_to(out)): p.read_bytes() for p in files if p.name not in other}
 
 
@@ -55,7 +55,7 @@ def begin(words: list[str]) -> subprocess.Popen[bytes]:
 
 @pytest.mark.world
 @pytest.mark.parametrize(
-    ("kills", "rounds"), [(3, 5), pytest.param(10, 14, marks=pytest.mark.slow)]
+    ("kills", "rounds"), [(2, 4), pytest.param(10, 14, marks=pytest.mark.slow)]
 )
 def test_a_sweep_survives_being_killed(
     embedded_models: Any, tmp_path: Path, kills: int, rounds: int
