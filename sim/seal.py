@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from envs.usage import UsageError
+from envs.usage import blamed_on
 from sim.files import dumps, write_atomic
 
 _END = re.compile(r'"[^"]{8}": "[^"]{16}"\s*\}\s*\Z')
@@ -50,13 +50,8 @@ def read_sealed(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is damaged.
     """
-    try:
+    with blamed_on(f"{path.stem}={str(path)!r} is damaged", "the file as it was written"):
         return opened(path.read_bytes().decode())
-    except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(
-            f"{str(path)!r} is damaged ({reason}); allowed: the file as it was written"
-        ) from None
 
 
 def _checksum(facts: dict[str, Any]) -> str:

@@ -60,7 +60,9 @@ def check_fork(path: Path, parent: Config, config: Config, at: int) -> None:
     _check_offline(parent, config)
     if not (path / "rounds.jsonl").is_file():
         raise UsageError(f"run={str(path)!r} has no rounds.jsonl; allowed: a run with its rows")
-    last = max((commit["round"] for commit in Record(path).commits()), default=-1)
+    record = Record(path)
+    record.check("rounds.jsonl")
+    last = max((commit["round"] for commit in record.commits()), default=-1)
     if not 0 <= at <= last:
         allowed = f"0 to {last}, the rounds of {str(path)!r}" if last >= 0 else "a run with rounds"
         raise UsageError(f"at={at}; allowed: {allowed}")

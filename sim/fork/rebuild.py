@@ -119,7 +119,10 @@ class _Comparison(Listener):
 
     def __init__(self, parent: Path, at: int):
         self.parent, self.at = parent, at
-        lines = (parent / "rounds.jsonl").read_text().splitlines()[: at + 1]
+        record = Record(parent)
+        rows = record.journal.rows(record.commits()[-1])
+        assert rows is not None, "the parent was checked"
+        lines = rows.decode().splitlines()[: at + 1]
         self.recorded = {json.loads(line)["round"]: line for line in lines}
 
     def start(self, config: Any, done: int, total: int) -> None:
