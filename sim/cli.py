@@ -113,6 +113,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # who reads has seen enough: `poisonloop list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        from sim.files import remedy
+
+        launch.leave_it_to_main()
+        if not remedy(error):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"poisonloop: stopped: {where}{error.strerror}{remedy(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         if launch.is_main():
             print("stopped; what was recorded can be continued", file=sys.stderr)

@@ -16,6 +16,7 @@ import yaml
 from envs.usage import UsageError, blamed_on
 from sim.checks import check_types
 from sim.config import Config, from_dict
+from sim.seal import read_sealed
 
 
 def from_file(base: Config, path: str) -> Config:
@@ -54,7 +55,7 @@ def from_manifest(path: Path) -> Config:
         ValueError: it is damaged.
     """
     with blamed_on(f"manifest={str(path)!r} is damaged", "what a run wrote"):
-        return checked(json.loads(path.read_text())["config"])
+        return checked(read_sealed(path)["config"])
 
 
 def checked(values: dict[str, Any]) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -12,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from envs.usage import UsageError
+from envs.usage import Interrupted, UsageError
 
 
 def dumps(value: Any) -> str:
@@ -21,14 +22,57 @@ def dumps(value: Any) -> str:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write ``data`` so that ``path`` holds all of it or does not exist."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write ``data`` so that ``path`` holds all of it or what it held before.
+
+    Raises:
+        Interrupted: the disk takes no more; names the path.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with told_of(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)  # half a file only takes room
+            raise
+
+
+def append(path: Path, data: bytes, sync: bool = False) -> None:
+    """Add ``data`` at the end of ``path``; with ``sync`` it is on the disk when this returns.
+
+    Raises:
+        Interrupted: the disk takes no more; names the path, which may hold a part of ``data``.
+    """
+    with told_of(path):
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "ab") as file:
+            file.write(data)
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+
+
+@contextmanager
+def told_of(path: Path) -> Iterator[None]:
+    """A block that writes ``path``: if it fails, the message names that.
+
+    Raises:
+        Interrupted: it failed.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise Interrupted(f"{path}: {error.strerror}{remedy(error)}") from error
+
+
+def remedy(error: OSError) -> str:
+    """What to do about a failed write, with a leading semicolon; empty where nothing is known."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return "; make room, what was recorded before can be continued" if full else ""
 
 
 @contextmanager

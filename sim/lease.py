@@ -84,7 +84,7 @@ class Lease:
         finally:
             over.set()
             thread.join()
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 os.truncate(self.path, 0)
 
 

@@ -8,7 +8,6 @@ once, in the middle of a round if need be, so that the next sweep finds nobody i
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
@@ -21,7 +20,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from sim.lease import LEASES, Lease
 from sim.listener import Listener
@@ -34,10 +33,18 @@ AGAIN = 2.0
 
 
 class Job(NamedTuple):
-    """One run to do: where, and the dict of its config."""
+    """One run to do: where, the dict of its config, and the sink that shows its rounds."""
 
     path: Path
     config: dict[str, Any]
+    track: str | None = None
+
+
+class Speaks(Protocol):
+    """Where a worker tells of its rounds."""
+
+    def send(self, message: tuple[str, Any], /) -> None:
+        """Tell ``message``, a kind and its content."""
 
 
 class Worker:
@@ -123,7 +130,7 @@ class _LeaseLost(Exception):
 class _Relay(Listener):
     """Sends a run's rounds through the pipe, as long as the run is this process's."""
 
-    def __init__(self, pipe: Connection, lease: Lease):
+    def __init__(self, pipe: Speaks, lease: Lease):
         self.pipe = pipe
         self.lease = lease
 
@@ -145,7 +152,7 @@ def serve(pipe: Connection) -> None:
     warnings.simplefilter("ignore", UserWarning)  # the parent has said what is unusual
     try:
         while True:
-            pipe.send(_claimed(pipe.recv(), pipe))
+            pipe.send(claimed(pipe.recv(), pipe))
     except (EOFError, BrokenPipeError):
         return
 
@@ -158,8 +165,12 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _claimed(job: Job, pipe: Connection) -> tuple[str, Any]:
-    """:func:`_do`, unless another process is at it."""
+def claimed(job: Job, pipe: Speaks) -> tuple[str, Any]:
+    """Do one job, unless another process is at it; what came of it, and of its rounds by ``pipe``.
+
+    Returns:
+        ``("done", summary)``, or ``("failed", reason)``, of which :data:`ELSEWHERE` is one.
+    """
     try:
         lease = Lease.claim(job.path.parent / LEASES, job.path.name)
     except OSError as error:
@@ -179,21 +190,25 @@ def _do(job: Job, relay: Listener) -> tuple[str, Any]:
     from sim.progress import quiet_loading
     from sim.resume import is_finished
     from sim.run import run
+    from sim.seal import read_sealed
+    from sim.track import tracked
 
     quiet_loading()
     told = error_file(job.path)
     try:
         config = from_dict(job.config)
         if is_finished(job.path, config):
-            return "done", json.loads((job.path / "summary.json").read_text())
+            return "done", read_sealed(job.path / "summary.json")
         resume = (job.path / "manifest.json").is_file()
-        if not resume and job.path.is_dir() and not any(job.path.iterdir()):
-            job.path.rmdir()  # killed between making the directory and writing to it
-        summary = run(config, job.path, resume=resume, listener=relay)
+        summary = run(config, job.path, resume=resume, listener=tracked(relay, job.track, job.path))
     except (BrokenPipeError, _LeaseLost):
         raise
     except Exception as error:
-        told.write_text(traceback.format_exc())
-        return "failed", f"{type(error).__name__}: {error} (see {told})"
+        reason = f"{type(error).__name__}: {error}"
+        try:
+            told.write_text(traceback.format_exc())
+        except OSError:  # a full disk
+            return "failed", reason
+        return "failed", f"{reason} (see {told})"
     told.unlink(missing_ok=True)
     return "done", summary

@@ -8,16 +8,18 @@
     policies/round-<n>.safetensors   evaluated policies, for the true crossing and for forks;
                                  a folder of peft's files where adapters are trained
     commits.jsonl                after each checkpoint: every new file's length and hash
+    .copy/                       rounds.jsonl and commits.jsonl once more (:mod:`sim.journal`)
+    summary.json                 how the run ended; it and the manifest carry their checksums
     timings.jsonl                wall-clock, kept apart: it is not part of a run's identity
 
 A file becomes visible only whole (temporary name, fsync, rename). ``resume`` goes back to the last
 line of ``commits.jsonl`` whose files are all intact and removes what came later, so a half-written
-line, part or checkpoint is dropped and never fatal.
+line, part or checkpoint is dropped and never fatal. Damage that it cannot mend is refused by name
+before anything is removed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -27,8 +29,10 @@ from pathlib import Path
 from typing import Any
 
 from envs.usage import UsageError
-from sim import hashes
-from sim.files import alone_in, dumps, write_atomic
+from sim import hashes, timings
+from sim.files import alone_in, new_folder, write_atomic
+from sim.journal import COMMITS, ROUNDS, Journal
+from sim.seal import read_sealed, write_sealed
 from sim.state import load_state, save_state
 
 TABLES = ("labels", "truth", "samples", "gold")
@@ -39,9 +43,8 @@ class Record:
 
     def __init__(self, path: Path):
         self.path = path
+        self.journal = Journal(path)
         self._fresh: list[Path] = []
-        self._rounds_hash = hashlib.blake2b(digest_size=16)
-        self._rounds_length = 0
 
     @classmethod
     def create(cls, path: Path, manifest: dict[str, Any]) -> Record:
@@ -55,8 +58,8 @@ class Record:
                 f"out={str(path)!r} exists; allowed: a new directory, "
                 f"or continue it with `poisonloop resume {path}`"
             )
-        path.mkdir(parents=True)
-        write_atomic(path / "manifest.json", json.dumps(manifest, indent=1).encode())
+        with new_folder(path) as folder:
+            write_sealed(folder / "manifest.json", manifest, indent=1)
         return cls(path)
 
     @contextmanager
@@ -80,16 +83,11 @@ class Record:
 
         Columns are arrays of numbers, or lists of text (typed here, since a round may have none).
         """
-        line = (dumps(row) + "\n").encode()
-        with open(self.path / "rounds.jsonl", "ab") as file:
-            file.write(line)
-        self._rounds_hash.update(line)
-        self._rounds_length += len(line)
+        self.journal.row(row)
         for name, columns in (tables or {}).items():
             self._write_part(name, round, columns)
         if seconds:
-            with open(self.path / "timings.jsonl", "a") as file:
-                file.write(dumps({"round": round, **seconds}) + "\n")
+            timings.add(self.path, round, seconds)
 
     def _write_part(self, table: str, round: int, columns: dict[str, Any]) -> None:
         import io
@@ -130,21 +128,10 @@ class Record:
     def checkpoint(self, round: int, state: dict[str, Any]) -> None:
         """Save ``state`` and commit everything written since the last checkpoint."""
         state_files = save_state(self._folder(round), state)
-        with open(self.path / "rounds.jsonl", "rb") as file:
-            os.fsync(file.fileno())
-        files = [*self._fresh, *state_files]
-        commit = {
-            "round": round,
-            "rounds": [self._rounds_length, self._rounds_hash.copy().hexdigest()],
-            "files": {
-                str(p.relative_to(self.path)): [p.stat().st_size, hashes.digest([p])] for p in files
-            },
-        }
-        line = dumps({**commit, "checksum": _checksum(commit)}) + "\n"
-        with open(self.path / "commits.jsonl", "a") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        written = [
+            (p, [p.stat().st_size, hashes.digest([p])]) for p in [*self._fresh, *state_files]
+        ]
+        self.journal.commit(round, {str(p.relative_to(self.path)): fact for p, fact in written})
         self._fresh = []
         self._prune(round)
 
@@ -153,7 +140,7 @@ class Record:
 
     def _prune(self, newest: int) -> None:
         rounds = sorted(int(p.name[-6:]) for p in (self.path / "checkpoints").iterdir())
-        manifest = json.loads((self.path / "manifest.json").read_text())
+        manifest = self.manifest()
         every = manifest.get("config", {}).get("keep_every", 0)
         kept = {newest, *rounds[-2:], manifest.get("fork", {}).get("at")}
         for round in rounds:
@@ -169,26 +156,78 @@ class Record:
         """What :meth:`checkpoint` was given in ``round``, one of :meth:`checkpoints`."""
         return load_state(self._folder(round))
 
+    def manifest(self) -> dict[str, Any]:
+        """``manifest.json``.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        return read_sealed(self.path / "manifest.json")
+
     def restore(self) -> tuple[int, dict[str, Any]] | None:
         """Go back to the newest intact commit: its round and state, or None.
 
         Raises:
-            ValueError: a table or policy of an earlier commit is damaged or gone, which no
-                resuming can mend.
+            ValueError: what is damaged or gone cannot be mended by going on from there; nothing is
+                changed.
         """
-        commits = self.commits()
+        known = self.commits()
+        commits = list(known)
         while commits and not self._intact(commits[-1]):
             commits.pop()
         self._check_kept(commits[:-1])
-        if not commits and "fork" in json.loads((self.path / "manifest.json").read_text()):
+        if not commits and "fork" in self.manifest():
             raise UsageError(
                 f"run={str(self.path)!r} is a fork, and no checkpoint of it is whole; allowed: "
                 "to fork again"
             )
+        if not commits and (len(known) > 1 or self._newest_checkpoint()):
+            raise self._damaged(self._culprit(known))
         self._drop_after(commits)
         if not commits:
             return None
         return commits[-1]["round"], self.state(commits[-1]["round"])
+
+    def _newest_checkpoint(self) -> int:
+        """Its round, be it committed or not; 0 where there is none."""
+        folders = (self.path / "checkpoints").glob("round-*")
+        return max((int(folder.name[-6:]) for folder in folders), default=0)
+
+    def _culprit(self, known: list[dict[str, Any]]) -> str:
+        """The file for which a run with these commits, none of them intact, cannot go on."""
+        if not known or self._newest_checkpoint() > known[-1]["round"]:
+            return COMMITS
+        if self.journal.rows(known[-1]) is None:
+            return ROUNDS
+        files = known[-1]["files"]
+        return next(name for name, fact in files.items() if not self._holds(name, *fact))
+
+    def _damaged(self, name: str) -> UsageError:
+        return UsageError(
+            f"run={str(self.path)!r}: {name} is damaged or gone; allowed: the file as it was "
+            "written, or a new run"
+        )
+
+    def check(self, only: str = "") -> None:
+        """Compare the files that are kept for good, or those with this prefix, with the commits.
+
+        Raises:
+            ValueError: one is damaged or gone.
+        """
+        commits = self.commits()
+        self._check_kept(commits, only)
+        if commits and self.journal.rows(commits[-1]) is None:
+            raise self._damaged(ROUNDS)
+
+    def summary(self) -> dict[str, Any] | None:
+        """``summary.json``, None while the run has not ended, or has lost the end of its record."""
+        file, commits = self.path / "summary.json", self.commits()
+        if not file.is_file() or (commits and self.journal.rows(commits[-1]) is None):
+            return None
+        try:
+            return read_sealed(file)
+        except UsageError:
+            return None
 
     def adopt(self, source: Record, round: int) -> None:
         """Begin with all that ``source`` recorded up to ``round``; its state is yet to be saved.
@@ -211,40 +250,26 @@ class Record:
             except OSError:
                 shutil.copyfile(source.path / name, path)
         self._fresh = [self.path / name for name in source._check_kept(commits[-1:])]
-        head = (source.path / "rounds.jsonl").read_bytes()[: commits[-1]["rounds"][0]]
-        self._go_back(head, commits[:-1])
+        head = source.journal.rows(commits[-1])
+        if head is None:
+            raise source._damaged(ROUNDS)
+        self.journal.go_back(head, commits[:-1])
 
-    def _check_kept(self, commits: list[dict[str, Any]]) -> list[str]:
+    def _check_kept(self, commits: list[dict[str, Any]], only: str = "") -> list[str]:
         """The files of ``commits`` that are there for good, which all must be whole."""
         files = [item for commit in commits for item in commit["files"].items()]
-        kept = [(name, fact) for name, fact in files if not name.startswith("checkpoints/")]
+        kept = [(n, f) for n, f in files if n.startswith(only) and n[:12] != "checkpoints/"]
         for name, written in kept:
             if not self._holds(name, *written):
-                raise UsageError(
-                    f"run={str(self.path)!r}: {name} is damaged or gone; allowed: the file as it "
-                    "was written, or a new run"
-                )
+                raise self._damaged(name)
         return [name for name, _ in kept]
 
     def commits(self) -> list[dict[str, Any]]:
         """What was committed: round, length and hash of every file, in order."""
-        path = self.path / "commits.jsonl"
-        commits: list[dict[str, Any]] = []
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-            try:
-                commit = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if commit.pop("checksum", None) != _checksum(commit):
-                break
-            commits.append(commit)
-        return commits
+        return self.journal.commits()
 
     def _intact(self, commit: dict[str, Any]) -> bool:
-        length, digest = commit["rounds"]
-        rounds = self.path / "rounds.jsonl"
-        head = rounds.read_bytes()[:length] if rounds.exists() else b""
-        if hashlib.blake2b(head, digest_size=16).hexdigest() != digest:
+        if self.journal.rows(commit) is None:
             return False
         return all(self._holds(name, *written) for name, written in commit["files"].items())
 
@@ -263,24 +288,12 @@ class Record:
         for folder in sorted((self.path / "checkpoints").glob("*")):
             if not any(folder.iterdir()):
                 folder.rmdir()
-        length = commits[-1]["rounds"][0] if commits else 0
-        rounds = self.path / "rounds.jsonl"
-        head = rounds.read_bytes()[:length] if rounds.exists() else b""
-        self._go_back(head, commits)
+        rows = self.journal.rows(commits[-1]) if commits else b""
+        assert rows is not None, "the last commit is intact"
+        self.journal.go_back(rows, commits)
+        timings.keep(self.path, commits[-1]["round"] if commits else 0)
         (self.path / "summary.json").unlink(missing_ok=True)
-
-    def _go_back(self, rows: bytes, commits: list[dict[str, Any]]) -> None:
-        """Stand where ``rows`` are all rows and ``commits`` all commits."""
-        write_atomic(self.path / "rounds.jsonl", rows)
-        self._rounds_hash = hashlib.blake2b(rows, digest_size=16)
-        self._rounds_length = len(rows)
-        lines = [dumps({**commit, "checksum": _checksum(commit)}) + "\n" for commit in commits]
-        write_atomic(self.path / "commits.jsonl", "".join(lines).encode())
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json``; its presence means the run ended."""
-        write_atomic(self.path / "summary.json", (dumps(summary) + "\n").encode())
-
-
-def _checksum(commit: dict[str, Any]) -> str:
-    return hashlib.blake2b(dumps(commit).encode(), digest_size=8).hexdigest()
+        write_sealed(self.path / "summary.json", summary)

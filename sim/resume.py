@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from envs.usage import UsageError
 from sim.checks import plugins
 from sim.config import Config, from_dict
 from sim.config_file import from_manifest
 from sim.evaluation_config import STOPS, stopped_by
-from sim.files import write_atomic
 from sim.launch import launched
 from sim.manifest import plugin_hashes, versions
+from sim.record import Record
 from sim.scenario import Scenario
+from sim.seal import read_sealed, write_sealed
 
 
 def saved_config(path: Path) -> Config | None:
@@ -36,8 +37,8 @@ def recorded_config(path: Path) -> Config:
 
 
 def is_finished(path: Path, config: Config) -> bool:
-    """Whether ``path`` holds the whole run of ``config``."""
-    return (path / "summary.json").is_file() and saved_config(path) == config
+    """Whether ``path`` holds the whole run of ``config``, its end undamaged."""
+    return saved_config(path) == config and Record(path).summary() is not None
 
 
 def resumable(path: Path, rounds: int | None = None, trust_plugins: bool = False) -> Config:
@@ -56,8 +57,9 @@ def resumable(path: Path, rounds: int | None = None, trust_plugins: bool = False
     longest = config.rounds
     if rounds is not None and rounds < longest:
         raise UsageError(f"rounds={rounds}; allowed: >= {longest}, the run's own")
-    if (path / "summary.json").is_file():
-        _refuse_ended(path, config, rounds or longest)
+    summary = Record(path).summary()
+    if summary is not None and _whole(path):
+        _refuse_ended(path, config, summary, rounds or longest)
     return replace(config, rounds=rounds or longest)
 
 
@@ -75,9 +77,17 @@ def check_trust(path: Path, config: Config, trust_plugins: bool) -> None:
         )
 
 
-def _refuse_ended(path: Path, config: Config, rounds: int) -> None:
-    """Whether a run that has its summary can go on to ``rounds``."""
-    summary = json.loads((path / "summary.json").read_text())
+def _whole(path: Path) -> bool:
+    """Whether nothing is damaged; what is, resuming may mend, and says it if it cannot."""
+    try:
+        Record(path).check()
+    except UsageError:
+        return False
+    return True
+
+
+def _refuse_ended(path: Path, config: Config, summary: dict[str, Any], rounds: int) -> None:
+    """Whether a run that has its ``summary`` can go on to ``rounds``."""
     run = f"run={str(path)!r}"
     if summary.get("outcome") == "diverged":
         at = summary["diverged"]["round"]
@@ -108,7 +118,7 @@ def check_origin(path: Path, config: Config, scenario: Scenario) -> None:
         ValueError: another config than for the rounds, or a model, data file or plug-in has another
             content than the manifest says.
     """
-    manifest = json.loads((path / "manifest.json").read_text())
+    manifest = read_sealed(path / "manifest.json")
     if replace(from_dict(manifest["config"]), rounds=config.rounds) != config:
         raise UsageError(f"out={str(path)!r} holds a run of another config; allowed: another --out")
     found = {"model_hashes": scenario.hashes, "plugin_hashes": plugin_hashes(config)}
@@ -129,7 +139,7 @@ def extend(path: Path, config: Config) -> None:
     run's.
     """
     file = path / "manifest.json"
-    manifest = json.loads(file.read_text())
+    manifest = read_sealed(file)
     known = [manifest["versions"], *manifest.get("continued_with", [])]
     if versions() != known[-1]:
         manifest["continued_with"] = [*known[1:], versions()]
@@ -141,4 +151,4 @@ def extend(path: Path, config: Config) -> None:
         (path / "summary.json").unlink(missing_ok=True)  # first: the longer run has not finished
         manifest["config"]["rounds"] = config.rounds
         manifest["extended_at"] = [*manifest.get("extended_at", []), rounds]
-    write_atomic(file, json.dumps(manifest, indent=1).encode())
+    write_sealed(file, manifest, indent=1)

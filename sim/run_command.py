@@ -20,6 +20,7 @@ from sim.launch import is_main
 from sim.presets import PRESETS
 from sim.progress import progress, quiet_loading
 from sim.resume import resumable
+from sim.track import check_track, tracked
 
 RUN_USAGE = """\
 usage: poisonloop run [PRESET] [flags]
@@ -36,6 +37,7 @@ the flags people type (each NAME may be a spec such as "refusal_loss(alpha=10)")
   --model.lora-rank N, --model.dtype bfloat16, --model.device cuda   how M is trained, and where
   --out DIR           where to write (default runs/<learner>-<attack>-rho<rho>-seed<seed>)
   --config FILE       YAML or JSON, read before the flags; a run's manifest.json will do
+  --track NAME        show rounds elsewhere too: tensorboard (DIR/tensorboard)
   --print-config      print the resulting config and stop
 
 every field, for the learner chosen:
@@ -48,6 +50,8 @@ def run(words: list[str]) -> int:
     if "--help" in options:
         return _run_help(preset, options)
     chosen_out, file = flags.take(options, "--out"), flags.take(options, "--config")
+    track = flags.take(options, "--track")
+    check_track(track)
     only_print = options.pop("--print-config", None) is not None
     config = flags.build(preset, options, file)
     check(config)
@@ -58,7 +62,7 @@ def run(words: list[str]) -> int:
     out = Path(chosen_out) if chosen_out else default_out(config)
     if is_main():
         check_new(out)
-    return execute(config, out, resume=False, words=words)
+    return execute(config, out, resume=False, words=words, track=track)
 
 
 def _run_help(preset: str | None, options: dict[str, list[str]]) -> int:
@@ -98,7 +102,12 @@ def default_out(config: Config) -> Path:
 
 
 def execute(
-    config: Config, out: Path, resume: bool, words: Sequence[str] = (), following: str = ""
+    config: Config,
+    out: Path,
+    resume: bool,
+    words: Sequence[str] = (),
+    following: str = "",
+    track: str | None = None,
 ) -> int:
     """Run ``config`` in ``out`` under a progress bar, report on it, and say what came of it.
 
@@ -108,6 +117,7 @@ def execute(
         resume: whether it is there already.
         words: what could be typed after ``poisonloop run`` to run it anew.
         following: what to type next, in place of what the outcome suggests.
+        track: sink that shows the rounds, of :data:`sim.track.SINKS`.
     """
     from agents.processes import main_first
     from sim.analysis.report import write_report
@@ -120,7 +130,7 @@ def execute(
             make_scenario(settled(config), progress=True)  # builds missing models, in sight
     try:
         with progress() as listener:
-            summary = run_loop(config, out, resume=resume, listener=listener)
+            summary = run_loop(config, out, resume=resume, listener=tracked(listener, track, out))
     except Interrupted as error:
         again = f"\ncontinue with: poisonloop resume {shlex.quote(str(out))}"
         raise Interrupted(f"{error}{again if out.is_dir() else ''}") from error
@@ -139,8 +149,10 @@ def resume(words: list[str]) -> int:
     parser.add_argument(
         "--trust-plugins", action="store_true", help="run the code outside poisonloop it names"
     )
+    parser.add_argument("--track", help="show rounds elsewhere too: tensorboard")
     asked = parser.parse_args(words)
+    check_track(asked.track)
     config = resumable(asked.dir, asked.rounds, asked.trust_plugins)
     check(config)
     again = ["--config", str(asked.dir / "manifest.json")]
-    return execute(config, asked.dir, resume=True, words=again)
+    return execute(config, asked.dir, resume=True, words=again, track=asked.track)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +28,9 @@ from sim.config import Config
 from sim.lease import LEASES, Lease
 from sim.manifest import code_now, code_of
 from sim.pool import Job, work_off
+from sim.record import Record
 from sim.resume import is_finished, saved_config
+from sim.seal import read_sealed
 from sim.sweep_progress import SweepListener
 
 RETRIED = ".retried"
@@ -53,22 +54,27 @@ def sweep(
     listener: SweepListener | None = None,
     any_code: bool = False,
     retry: str | None = None,
+    ray: str | None = None,
+    track: str | None = None,
 ) -> dict[str, Any]:
     """Run every config and tabulate the arms, which are named by what differs between them.
 
     Args:
         configs: runs; equal ones are one run.
         out: folder of the run directories; earlier runs in it are tabulated too.
-        jobs: processes at once; one per core when absent.
+        jobs: runs at a time; one per core when absent.
         listener: hears of every round of every run.
         any_code: go on with runs that other code has begun or ended.
         retry: set runs with this outcome aside and run them again.
+        ray: address of a Ray cluster to run on (``local`` starts one); processes here when absent.
+        track: sink that shows every run's rounds, of :data:`sim.track.SINKS`.
 
     Returns:
         ``{"arms": [...], "runs": [...]}``, also written as ``table.json`` and ``table.csv``.
 
     Raises:
-        ValueError: no runs, a bad config, or a directory that holds another run or other code's.
+        ValueError: no runs, a bad config, a directory that holds another run or other code's, or no
+            cluster at that address.
     """
     from sim.scenario import make_scenario
     from sim.sweep_table import tabulate, write_table
@@ -92,13 +98,25 @@ def sweep(
     todo = [cell for cell in cells if not is_finished(cell.path, cell.config)]
     todo.sort(key=lambda cell: cell.config.seed)  # cut short, every arm has its first seeds
     listener.begin({c.path: c.config.rounds for c in todo}, len(cells) - len(todo))
-    failures = work_off([Job(c.path, c.config.to_dict()) for c in todo], jobs, listener)
+    work = [Job(c.path, c.config.to_dict(), track) for c in todo]
+    failures = _work_off(work, jobs, listener, ray)
     for cell in todo:  # another sweep may have made good what failed here
         if is_finished(cell.path, cell.config):
             failures.pop(cell.path, None)
     table = tabulate(out, cells, failures)
     write_table(table, out)
     return table
+
+
+def _work_off(
+    todo: list[Job], jobs: int | None, listener: SweepListener, ray: str | None
+) -> dict[Path, str]:
+    if ray is None or not todo:
+        return work_off(todo, jobs, listener)
+    from sim import ray_pool
+
+    with ray_pool.cluster(ray, jobs) as connected:
+        return ray_pool.work_off(connected, todo, jobs, listener)
 
 
 def plan(configs: Sequence[Config], out: Path) -> list[Cell]:
@@ -153,7 +171,7 @@ def _refuse_other_code(cell: Cell) -> None:
     file = cell.path / "manifest.json"
     if not file.is_file():
         return
-    began, now = code_of(json.loads(file.read_text())), code_now()
+    began, now = code_of(read_sealed(file)), code_now()
     if began not in (None, now):
         raise UsageError(
             f"out: {str(cell.path)!r} was run by poisonloop {began}, this is {now}, and their runs "
@@ -169,8 +187,8 @@ def set_aside(cells: Sequence[Cell], outcome: str) -> list[Path]:
         if lease is None:  # another sweep is at it
             continue
         with lease.beating():
-            file = cell.path / "summary.json"
-            if not file.is_file() or json.loads(file.read_text())["outcome"] != outcome:
+            summary = Record(cell.path).summary()
+            if summary is None or summary["outcome"] != outcome:
                 continue
             kept = cell.path.parent / RETRIED
             kept.mkdir(exist_ok=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from envs.monitor import OUTCOMES
-from envs.usage import UsageError
+from envs.usage import Interrupted, UsageError
 from sim import flags
 from sim.analysis.arm_names import arm_names
 from sim.checks import check_out
@@ -23,6 +23,7 @@ from sim.sweep_file import from_sweep_file, is_sweep_file
 from sim.sweep_progress import sweep_progress
 from sim.sweep_status import print_status, standing
 from sim.sweep_table import print_table
+from sim.track import check_track
 
 USAGE = """\
 usage: poisonloop sweep [PRESET | FILE | STUDY] [flags of `poisonloop run`, of one value or more]
@@ -38,6 +39,7 @@ not run again, and table and report cover all of them.
 
   --seeds N        seeds 0 to N-1, from --seed where that is given (or list them: --seed 0 3 7)
   --jobs N         runs at a time (default: one per core, {cores} here)
+  --backend ray    on a Ray cluster; --address auto or HOST:PORT (default: one started here)
   --out DIR        folder of the run directories (default runs/sweep)
   --config FILE    YAML or JSON, read before the flags
   --defence a+b    a stack within one arm; `none` is no defence
@@ -45,6 +47,7 @@ not run again, and table and report cover all of them.
   --status         only say how far every run is, and how long the rest may take
   --dry-run        only list the runs
   --retry diverged set runs with this outcome aside (into DIR/.retried) and run them again
+  --track NAME     show rounds elsewhere too: tensorboard (RUN/tensorboard)
   --any-code       go on with runs that another version or commit of poisonloop began
 
 Several sweeps, on one host or on many that see DIR, work off one set of runs: none is shared.
@@ -66,12 +69,14 @@ def command(words: list[str]) -> int:
         print(USAGE.format(cores=os.cpu_count(), **lists), end="")
         return 0
     out = Path(flags.take(options, "--out") or "runs/sweep")
-    asked = flags.whole(options, "--jobs")
+    asked, ray = flags.whole(options, "--jobs"), _ray_address(options)
     jobs = (os.cpu_count() or 1) if asked is None else asked
     if jobs < 1:
         raise UsageError(f"jobs={jobs}; allowed: >= 1")
     check_out(out)
     only = [flag for flag in ("--status", "--dry-run") if options.pop(flag, None) is not None]
+    track = flags.take(options, "--track")
+    check_track(track)
     retried, any_code = flags.take(options, "--retry"), options.pop("--any-code", None) is not None
     if retried not in (None, *OUTCOMES):
         raise UsageError(f"retry={retried!r}; allowed: {', '.join(OUTCOMES)}")
@@ -81,21 +86,47 @@ def command(words: list[str]) -> int:
     arms = set(arm_names([cell.config.to_dict() for cell in cells]))
     rounds = {cell.config.rounds for cell in cells}
     lengths = " or ".join(map(str, sorted(rounds)))
-    print(f"{len(cells)} runs in {len(arms)} arms, {lengths} rounds each, {jobs} at a time: {out}/")
+    far = ray not in (None, "local") and asked is None
+    said = f"all that fit into the Ray cluster {ray}" if far else jobs
+    runs = f"{len(cells)} runs in {len(arms)} arms, {lengths} rounds each"
+    print(f"{runs}, {said} at a time: {out}/")
     if only:
         print_status([standing(cell) for cell in cells], jobs, every="--dry-run" in only)
         return 0
+    again = shlex.join(["poisonloop", "sweep", *words])
     try:
         with sweep_progress() as listener:
-            table = sweep(configs, out, jobs, listener, any_code, retried)
+            most = None if far else jobs
+            table = sweep(configs, out, most, listener, any_code, retried, ray, track)
     except KeyboardInterrupt:
-        again = shlex.join(["poisonloop", "sweep", *words])
         print(f"stopped; continue with: {again}", file=sys.stderr)
         return 130
+    except Interrupted as error:
+        raise Interrupted(f"{error}\ncontinue with: {again}") from error
     print_table(table)
     if claimed:
         _print_claims(table, out)
     return _finish(table, out)
+
+
+def _ray_address(options: flags.Options) -> str | None:
+    """Take ``--backend`` and ``--address`` out of ``options``; None for processes of this host.
+
+    Raises:
+        ValueError: another backend, an address without Ray, or Ray is not installed.
+    """
+    backend = flags.take(options, "--backend") or "local"
+    address = flags.take(options, "--address")
+    if backend not in ("local", "ray"):
+        raise UsageError(f"backend={backend!r}; allowed: local, ray")
+    if backend == "local":
+        if address:
+            raise UsageError(f"address={address!r} with backend='local'; allowed: --backend ray")
+        return None
+    from sim.ray_pool import LOCAL, require_ray
+
+    require_ray()
+    return address or LOCAL
 
 
 def _print_claims(table: dict[str, Any], out: Path) -> None:

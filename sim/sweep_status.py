@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from sim import timings
 from sim.lease import LEASES, owner
 from sim.resume import is_finished
+from sim.seal import read_sealed
 
 if TYPE_CHECKING:
     from sim.sweep import Cell
@@ -31,7 +32,7 @@ def standing(cell: Cell) -> Standing:
     path = cell.path
     rounds = _rounds(path)
     if is_finished(path, cell.config):
-        outcome = json.loads((path / "summary.json").read_text())["outcome"]
+        outcome = str(read_sealed(path / "summary.json")["outcome"])
         state = "diverged" if outcome == "diverged" else "finished"
         return Standing(cell, state, rounds, outcome)
     if (by := owner(path.parent / LEASES, path.name)) is not None:
@@ -60,7 +61,8 @@ def seconds_left(cells: Sequence[Standing], jobs: int) -> float | None:
     """
     measured: dict[str, list[float]] = defaultdict(list)
     for one in cells:
-        measured[one.cell.config.learner_name] += _timings(one.cell.path)
+        known = [seconds for _, seconds in timings.read(one.cell.path)]
+        measured[one.cell.config.learner_name] += known
     every = [seconds for of in measured.values() for seconds in of]
     if not every:
         return None
@@ -70,12 +72,6 @@ def seconds_left(cells: Sequence[Standing], jobs: int) -> float | None:
         if one.state not in ("finished", "diverged"):
             left += (one.cell.config.rounds - one.rounds) * sum(known) / len(known)
     return left / jobs
-
-
-def _timings(path: Path) -> list[float]:
-    file = path / "timings.jsonl"
-    lines = file.read_text().splitlines() if file.is_file() else []
-    return [json.loads(line)["seconds"] for line in lines if line.endswith("}")]
 
 
 def print_status(cells: Sequence[Standing], jobs: int, every: bool) -> None:

@@ -1,7 +1,8 @@
 """Run directories as data frames. Everything here starts from files; nothing looks at live objects.
 
 A run that is still going, was killed, or diverged is read like any other: its last line may be half
-written (it is dropped) and its ``summary.json`` may be missing (then ``summary`` is empty).
+written (it is dropped) and its ``summary.json`` may be missing (then ``summary`` is empty). What a
+run committed is compared with the hashes that it committed: damage is refused by name, never shown.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ import pandas as pd
 
 from envs.usage import UsageError
 from sim.analysis.arm_names import arm_names, base_name, identity, leaves, replicate
+from sim.journal import NOTHING
+from sim.record import Record
+from sim.seal import read_sealed
 
 
 @dataclass(frozen=True)
@@ -123,9 +127,14 @@ class Run:
         return None if when is None else int(when["rounds"])
 
     def table(self, name: str) -> pd.DataFrame:
-        """Join the parts of ``labels``, ``truth`` or ``samples``; empty if there are none."""
+        """Join the parts of ``labels``, ``truth`` or ``samples``; empty if there are none.
+
+        Raises:
+            ValueError: a part is damaged or gone.
+        """
         import pyarrow.parquet as pq
 
+        Record(self.path).check(f"{name}/")
         parts = sorted((self.path / name).glob("part-*.parquet"))
         frames = [pq.read_table(part).to_pandas() for part in parts]
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
@@ -146,15 +155,14 @@ def load_run(path: Path | str) -> Run:
         ValueError: not a run directory, or a damaged file (a half-written last line is not damage).
     """
     path = Path(path)
-    for needed in ("manifest.json", "rounds.jsonl"):
-        if not (path / needed).is_file():
-            raise UsageError(f"run={str(path)!r} has no {needed}; allowed: a run directory")
+    if not (path / "manifest.json").is_file():
+        raise UsageError(f"run={str(path)!r} has no manifest.json; allowed: a run directory")
     summary = path / "summary.json"
     return Run(
         path=path,
-        manifest=_json(path / "manifest.json"),
-        summary=_json(summary) if summary.is_file() else {},
-        rounds=_rounds(path / "rounds.jsonl"),
+        manifest=read_sealed(path / "manifest.json"),
+        summary=read_sealed(summary) if summary.is_file() else {},
+        rounds=_rounds(path),
     )
 
 
@@ -196,16 +204,14 @@ def _load_folder(folder: Path) -> list[Run]:
         plain = sorted(name for name in inside if not name.startswith("."))
         inside[:] = [] if "manifest.json" in files else plain
         found += [Path(path)] if "manifest.json" in files else []
-    begun = [path for path in found if _has_a_round(path / "rounds.jsonl")]
+    begun = [path for path in found if _has_a_round(path)]
     _say_left_out([path for path in found if path not in begun], "no round yet")
     return [load_run(path) for path in begun]
 
 
-def _has_a_round(file: Path) -> bool:
-    if not file.is_file():
-        return False
-    with open(file) as lines:
-        return lines.readline().endswith("\n")
+def _has_a_round(run: Path) -> bool:
+    record = Record(run)
+    return bool(record.commits()) or b"\n" in record.journal.later(NOTHING)
 
 
 def _distinct(runs: list[Run]) -> list[Run]:
@@ -236,22 +242,22 @@ def by_arm(runs: Iterable[Run]) -> dict[str, list[Run]]:
     return arms
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{str(path)!r} is not JSON ({error}); restore or delete it") from None
-
-
-def _rounds(path: Path) -> pd.DataFrame:
-    lines = path.read_text().splitlines()
+def _rounds(run: Path) -> pd.DataFrame:
+    """The rows of ``run``: those that it committed, and whole lines after them."""
+    record, file = Record(run), str(run / "rounds.jsonl")
+    commits = record.commits()
+    last = commits[-1] if commits else NOTHING
+    head = record.journal.rows(last)
+    if head is None:
+        raise UsageError(f"{file!r} is damaged or gone; allowed: the file as it was written")
+    lines = (head + record.journal.later(last)).splitlines()
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             if number < len(lines):
-                raise UsageError(f"{str(path)!r} line {number} is damaged ({error})") from None
+                raise UsageError(f"{file!r} line {number} is damaged ({error})") from None
     if not rows:
-        raise UsageError(f"{str(path)!r} holds no complete round yet")
+        raise UsageError(f"{file!r} holds no complete round yet")
     return pd.DataFrame(rows).sort_values("round", ignore_index=True)

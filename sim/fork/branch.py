@@ -15,6 +15,7 @@ from sim.analysis.arm_names import leaves
 from sim.config import Config
 from sim.evaluation_config import STOPS
 from sim.record import Record
+from sim.seal import read_sealed
 
 FREE = ("attack.", "learner.", "defences", "rounds")
 """Fields in which a fork may differ from its parent; what they begin with."""
@@ -60,7 +61,9 @@ def check_fork(path: Path, parent: Config, config: Config, at: int) -> None:
     _check_offline(parent, config)
     if not (path / "rounds.jsonl").is_file():
         raise UsageError(f"run={str(path)!r} has no rounds.jsonl; allowed: a run with its rows")
-    last = max((commit["round"] for commit in Record(path).commits()), default=-1)
+    record = Record(path)
+    record.check("rounds.jsonl")
+    last = max((commit["round"] for commit in record.commits()), default=-1)
     if not 0 <= at <= last:
         allowed = f"0 to {last}, the rounds of {str(path)!r}" if last >= 0 else "a run with rounds"
         raise UsageError(f"at={at}; allowed: {allowed}")
@@ -92,7 +95,7 @@ def _check_offline(parent: Config, config: Config) -> None:
 def _check_ended(path: Path, parent: Config, config: Config, at: int) -> None:
     """A run that was ended by its own rule would end again at once."""
     file = path / "summary.json"
-    summary = json.loads(file.read_text()) if file.is_file() else {}
+    summary = read_sealed(file) if file.is_file() else {}
     for kind, field in STOPS.items():
         left = summary.get(f"exit_{kind}") or {}
         if getattr(config.evaluation, field) and left.get("rounds", at + 1) <= at:
@@ -145,7 +148,7 @@ def branch(path: Path, parent: Config, config: Config, at: int, out: Path, comma
         state = forked_state(parent, config, scenario, Record(source).state(at))
         told = {"parent": str(path.resolve()), "at": at, "changed": changes(parent, config)}
         told["rebuilt"] = source != path
-        before = json.loads((path / "manifest.json").read_text()).get("fork")
+        before = Record(path).manifest().get("fork")
         facts = {**manifest(config, scenario), "command": command}
         facts["fork"] = {**told, "of": before}
         graft(source, at, out, facts, state)

@@ -19,11 +19,12 @@ from typing import Any
 
 from envs.usage import UsageError
 from sim.config import Config
-from sim.files import dumps, new_folder, write_atomic
+from sim.files import dumps, new_folder
 from sim.listener import Listener
 from sim.record import Record
 from sim.resume import saved_config
 from sim.run import run
+from sim.seal import write_sealed
 
 
 def nearest(parent: Path, at: int) -> int | None:
@@ -32,7 +33,7 @@ def nearest(parent: Path, at: int) -> int | None:
     Raises:
         ValueError: the way from there to ``at`` is none that could be run again.
     """
-    manifest = json.loads((parent / "manifest.json").read_text())
+    manifest = Record(parent).manifest()
     kept = Record(parent).checkpoints()
     known = max((round for round in kept if round <= at), default=None)
     if known == at:
@@ -65,7 +66,7 @@ def rebuild(parent: Path, config: Config, at: int, out: Path) -> None:
     Raises:
         ValueError: what comes out is not what was recorded.
     """
-    manifest = json.loads((parent / "manifest.json").read_text())
+    manifest = Record(parent).manifest()
     ends = [*manifest.get("extended_at", []), config.rounds]
     again = replace(
         config,
@@ -103,7 +104,7 @@ def graft(source: Path, round: int, out: Path, manifest: dict[str, Any], state: 
     """
     known = Record(source)
     with new_folder(out) as folder:
-        write_atomic(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+        write_sealed(folder / "manifest.json", manifest, indent=1)
         record = Record(folder)
         record.adopt(known, round)
         record.checkpoint(round, known.state(round) if state is None else state)
@@ -118,7 +119,10 @@ class _Comparison(Listener):
 
     def __init__(self, parent: Path, at: int):
         self.parent, self.at = parent, at
-        lines = (parent / "rounds.jsonl").read_text().splitlines()[: at + 1]
+        record = Record(parent)
+        rows = record.journal.rows(record.commits()[-1])
+        assert rows is not None, "the parent was checked"
+        lines = rows.decode().splitlines()[: at + 1]
         self.recorded = {json.loads(line)["round"]: line for line in lines}
 
     def start(self, config: Any, done: int, total: int) -> None:

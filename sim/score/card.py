@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+from sim import timings
 from sim.analysis.load import Run, load_run
 from sim.analysis.retained import clean_twins, holds, learning_retained
 from sim.files import dumps, write_atomic
@@ -120,10 +121,7 @@ def _uncut(run: Run) -> Run:
 
 def _seconds(runs: Sequence[Run]) -> float | None:
     """Median seconds of a round over all of ``runs``."""
-    files = [run.path / "timings.jsonl" for run in runs]
-    lines = [line for f in files if f.is_file() for line in f.read_text().splitlines()]
-    seconds = [json.loads(line).get("seconds") for line in lines]
-    known = [value for value in seconds if value is not None]
+    known = [seconds for run in runs for _, seconds in timings.read(run.path)]
     return median(known) if known else None
 
 

@@ -6,7 +6,6 @@ commands may add learners and seeds to it, and those that were asked for before 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from sim.config import Config
 from sim.manifest import plugin_hashes
 from sim.resume import is_finished, saved_config
 from sim.score.arms import LONG, Arm, arms
+from sim.seal import read_sealed
 from sim.sweep import directory
 
 USUAL, LONGER = "runs", "longer"
@@ -97,7 +97,7 @@ def refuse_other_code(spec: str, out: Path) -> None:
     for path, config in saved(out).items():
         if config.defences != (spec,):
             continue
-        began = json.loads((path / "manifest.json").read_text()).get("plugin_hashes")
+        began = read_sealed(path / "manifest.json").get("plugin_hashes")
         if began != plugin_hashes(config):
             raise UsageError(
                 f"out={str(out)!r}: {path.name} was run with other code of {spec}; "

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sim.config import AttackConfig, Config, EvaluationConfig, FeedbackConfig
+from sim.seal import read_sealed, sealed, write_sealed
 
 pytestmark = pytest.mark.world
 
@@ -264,10 +265,10 @@ def test_a_rebuilding_that_was_killed_goes_on(parent, tmp_path, monkeypatch):
 def copy(run: Path, to: Path, **edits) -> Path:
     """A copy of a run whose manifest says something else."""
     shutil.copytree(run, to)
-    manifest = json.loads((to / "manifest.json").read_text())
+    manifest = read_sealed(to / "manifest.json")
     for section, fields in edits.items():
         manifest["config"][section].update(fields)
-    (to / "manifest.json").write_text(json.dumps(manifest))
+    write_sealed(to / "manifest.json", manifest)
     return to
 
 
@@ -282,13 +283,11 @@ def test_a_run_that_does_not_come_out_as_recorded_is_not_forked(parent, tmp_path
 
 
 def test_rows_that_come_out_again_do_not_vouch_for_the_state(parent, tmp_path):
-    from sim.record import _checksum
-
     other = copy(parent, tmp_path / "other")
     lines = [json.loads(line) for line in (other / "commits.jsonl").read_text().splitlines()]
     commit = {k: v for k, v in lines[3].items() if k != "checksum"}
     commit["files"]["checkpoints/round-000003/state.json"][1] = "0" * 32
-    lines[3] = {**commit, "checksum": _checksum(commit)}
+    lines[3] = sealed(commit)
     (other / "commits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(ValueError, match=r"at=3: .* \(the state after it differs\)"):
         fork(other, tmp_path / "out", 3, SMALL)
@@ -477,14 +476,13 @@ def test_an_attacker_takes_the_loop_over_and_loses_it_again(parent, tmp_path):
 
 def test_where_a_rule_of_its_own_ended_the_run_it_would_end_again(parent, tmp_path):
     other = copy(parent, tmp_path / "other", evaluation={"stop_on_exit": True})
-    summary = json.loads((other / "summary.json").read_text())
-    left = {**summary, "exit_confirmed": {"rounds": 5}}
-    (other / "summary.json").write_text(json.dumps(left))
+    summary = read_sealed(other / "summary.json")
+    write_sealed(other / "summary.json", {**summary, "exit_confirmed": {"rounds": 5}})
     stops = replace(SMALL, evaluation=replace(SMALL.evaluation, stop_on_exit=True))
     with pytest.raises(ValueError, match="at=6: the exit is confirmed in round 5.*below 5"):
         fork(other, tmp_path / "out", 6, stops)
     stopped = copy(parent, tmp_path / "stopped", attack={"stop_at": 0.9})
-    (stopped / "summary.json").write_text(json.dumps({**summary, "attacker_stopped": 8}))
+    write_sealed(stopped / "summary.json", {**summary, "attacker_stopped": 8})
     longer = replace(SMALL, rounds=9, attack=replace(SMALL.attack, stop_at=0.9))
     with pytest.raises(ValueError, match=r"at=8: there the attacker ended the run.*below 8"):
         fork(stopped, tmp_path / "out", 8, longer)

@@ -1,6 +1,7 @@
 """A run directory survives being cut off anywhere."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -78,6 +79,20 @@ def cut_commit(run):
     (run / "commits.jsonl").write_bytes(text[:-9])
 
 
+def lose_copy(run):
+    shutil.rmtree(run / ".copy")
+
+
+def lose_copy_and_cut_row(run):
+    lose_copy(run)
+    cut_row(run)
+
+
+def lose_copy_and_cut_commit(run):
+    lose_copy(run)
+    cut_commit(run)
+
+
 def cut_checkpoint(run):
     file = run / "checkpoints/round-000003/state.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
@@ -100,9 +115,12 @@ def lose_checkpoint(run):
 
 
 DAMAGE = {
-    cut_row: 2,
+    cut_row: 3,  # it is written twice
     append_half_row: 3,
-    cut_commit: 2,
+    cut_commit: 3,
+    lose_copy: 3,
+    lose_copy_and_cut_row: 2,
+    lose_copy_and_cut_commit: 2,
     cut_checkpoint: 2,
     flip_part_byte: 2,
     leave_uncommitted_part: 3,
@@ -133,9 +151,51 @@ def test_damage_behind_the_last_round_is_named_and_nothing_is_changed(tmp_path):
     assert tree(run) == before
 
 
+def lose_many_rows(run):
+    (run / "rounds.jsonl").write_text("")
+
+
+def lose_many_commits(run):
+    (run / "commits.jsonl").write_text("")
+
+
+def lose_both_checkpoints(run):
+    shutil.rmtree(run / "checkpoints")
+
+
+MANY = {
+    lose_many_rows: "rounds.jsonl",
+    lose_many_commits: "commits.jsonl",
+    lose_both_checkpoints: "checkpoints/round-000003/state.safetensors",
+}
+
+
+@pytest.mark.parametrize("damage", MANY, ids=lambda damage: damage.__name__)
+def test_a_run_that_could_only_start_over_is_refused_and_left_as_it_is(tmp_path, damage):
+    """Without its copy, as runs of before have none."""
+    run = tmp_path / "run"
+    write_rounds(Record.create(run, {}), 0, 3)
+    lose_copy(run)
+    damage(run)
+    before = tree(run)
+    with pytest.raises(ValueError, match=f"{MANY[damage]} is damaged or gone"):
+        Record(run).restore()
+    assert tree(run) == before
+
+
+@pytest.mark.parametrize("damage", [lose_many_rows, lose_many_commits])
+def test_the_copy_stands_in_for_rows_and_commits(tmp_path, damage):
+    run = tmp_path / "run"
+    write_rounds(Record.create(run, {}), 0, 3)
+    before = tree(run)
+    damage(run)
+    assert Record(run).restore()[0] == 3 and tree(run) == before
+
+
 def test_nothing_intact_starts_over(tmp_path):
     run = tmp_path / "run"
     write_rounds(Record.create(run, {}), 0, 0)
+    lose_copy(run)
     cut_commit(run)
     record = Record(run)
     assert record.restore() is None

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sim.config import AttackConfig, Config, EvaluationConfig, FeedbackConfig, from_dict
+from sim.seal import read_sealed, write_sealed
 
 pytestmark = pytest.mark.world
 
@@ -270,9 +271,9 @@ def test_resuming_with_another_model_or_other_code_is_refused(tmp_path, embedded
     with pytest.raises(ValueError, match="began with another .*witness.py"):
         run(longer, tmp_path / "run", resume=True)
     plugin.write_text(PLUGIN)
-    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    manifest = read_sealed(tmp_path / "run/manifest.json")
     manifest["model_hashes"] = {name: "0" * 32 for name in manifest["model_hashes"]}
-    (tmp_path / "run/manifest.json").write_text(json.dumps(manifest))
+    write_sealed(tmp_path / "run/manifest.json", manifest)
     with pytest.raises(ValueError, match="began with another"):
         run(longer, tmp_path / "run", resume=True)
 
@@ -327,9 +328,9 @@ def test_other_versions_are_noted_in_the_manifest(tmp_path, embedded_models):
 
     run(replace(SMALL, rounds=1), tmp_path / "run")
     file = tmp_path / "run/manifest.json"
-    manifest = json.loads(file.read_text())
+    manifest = read_sealed(file)
     began = {**manifest["versions"], "torch": "0.1"}
-    file.write_text(json.dumps({**manifest, "versions": began}))
+    write_sealed(file, {**manifest, "versions": began})
     run(replace(SMALL, rounds=2), tmp_path / "run", resume=True)
     noted = json.loads(file.read_text())
     assert noted["versions"] == began and noted["continued_with"] == [manifest["versions"]]

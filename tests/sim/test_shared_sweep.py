@@ -15,12 +15,14 @@ from typing import Any
 
 import pytest
 
-from sim import pool, sweep_status
+from sim import flags, pool, sweep_status
 from sim.cli import main
 from sim.lease import LEASES, Lease
 from sim.pool import Job, work_off
 from sim.presets import preset
-from sim.sweep import RETRIED, Cell, set_aside
+from sim.seal import read_sealed, write_sealed
+from sim.sweep import RETRIED, Cell, set_aside, sweep
+from sim.sweep_command import grid
 from sim.sweep_progress import SweepListener
 from sim.sweep_status import Standing, seconds_left, standing
 
@@ -152,9 +154,9 @@ def test_other_code_is_refused_unless_asked_for(
     words = [*SMALL, "--rounds", "2", "--out", str(tmp_path)]
     assert main(words) == 0
     (manifest,) = tmp_path.glob("*/manifest.json")
-    told = json.loads(manifest.read_text())
+    told = read_sealed(manifest)
     told["versions"]["poisonloop"] = "0.0.1"
-    manifest.write_text(json.dumps(told))
+    write_sealed(manifest, told)
     capsys.readouterr()
     assert main(words) == 2
     assert "was run by poisonloop 0.0.1" in capsys.readouterr().err
@@ -163,3 +165,39 @@ def test_other_code_is_refused_unless_asked_for(
     assert "retry='lost'; allowed: diverged, exited" in capsys.readouterr().err
     assert main([*words, "--dry-run"]) == 0
     assert "finished" in capsys.readouterr().out
+
+
+DIVERGES = """
+from pathlib import Path
+from agents.defence import Defence
+from agents.learners.update import Diverged
+
+class Diverges(Defence):
+    def __init__(self, while_there):
+        self.file = Path(while_there)
+    def backward(self, ctx, run):
+        if self.file.exists():
+            raise Diverged("the loss is nan")
+        return run()
+"""
+
+
+@pytest.mark.world
+def test_a_diverged_run_has_ended_and_is_run_again_when_asked_for(
+    embedded_models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "plugin.py").write_text(DIVERGES)
+    (tmp_path / "there").touch()
+    monkeypatch.chdir(tmp_path)
+    preset, options = flags.read([*SMALL[1:2], *SMALL[4:], "--rounds", "2"])
+    fine, out = grid(preset, options), tmp_path / "out"
+    both = [replace(fine[0], defences=("plugin.py:Diverges(while_there='there')",)), *fine]
+    rows = sweep(both, out, 2)["runs"]
+    assert sorted(row["outcome"] for row in rows) == ["diverged", "safe"]
+    assert [row["failure"] for row in rows] == [None, None], "it is an outcome, no failure"
+    (tmp_path / "there").unlink()
+    assert sweep(both, out, 2)["runs"] == rows, "it is not run again"
+    again = sweep(both, out, 2, retry="diverged")["runs"]
+    assert [row["outcome"] for row in again] == ["safe", "safe"]
+    (kept,) = (out / RETRIED).iterdir()
+    assert read_sealed(kept / "summary.json")["diverged"]["reason"] == "the loss is nan"
