@@ -163,13 +163,12 @@ def _check_owner(config: Config, attack: Attack) -> None:
 
 def _check_embedded(config: Config, members: list[Defence]) -> None:
     """Make the environment, which needs no built model, and see what the defences ask for."""
-    from envs.world import World
     from sim.factory import make_env
-    from sim.scenario import world_roles
+    from sim.scenario import world_of, world_roles
 
-    unbuilt: Any = SimpleNamespace(environment={"world": config.world.seed})
+    unbuilt: Any = SimpleNamespace(environment=config.world.told)
     make_env(config, unbuilt).close()
-    roles = {*world_roles(World(config.world.seed)), "score:cost"}
+    roles = {*world_roles(world_of(config.world.told)), "score:cost"}
     for member in members:
         if missing := missing_needs(member, roles):
             raise UsageError(

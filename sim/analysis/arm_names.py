@@ -115,6 +115,8 @@ def acting(known: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _unused(known: Mapping[str, Any]) -> set[str]:
     """Fields and whole sections of ``known`` that cannot act."""
     unused = {*_RECORD_ONLY, "world" if known.get("text.model") else "text"}
+    if not known.get("world.harm_domains"):
+        unused.add("world.harm_domains")
     if not known.get("attack.rho") or shortest(str(known.get("attack.name"))) == "none":
         return {*unused, "attack"}
     schedule = known.get("attack.schedule", "constant")
