@@ -21,6 +21,9 @@ FORK = ("fork.at", "fork.before")
 _NAMED = {"learner.name", "attack.name", "attack.rho", "defences", *FORK, *SEEDS}
 _RECORD_ONLY = {"checkpoint_every", "keep_every", "samples_per_round", "evaluation.n_true"}
 """Fields that change what is written of a run and nothing that happens in it."""
+_ADDED: dict[str, list[Any]] = {"world.harm_domains": []}
+"""Fields that earlier runs lack, with what they were then; an identity has them where they differ,
+so that those runs keep theirs."""
 _SPECS = {"attack.name", "defences", "feedback.behaviours"}
 
 
@@ -30,7 +33,7 @@ def arm_names(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     Learners are named where they differ. Settings are compared within a learner, since learners
     have different ones, and only where they act.
     """
-    fields = [dict(leaves(config)) for config in configs]
+    fields = [{**_ADDED, **dict(leaves(config))} for config in configs]
     learners = [known.get("learner.name") for known in fields]
     values: dict[tuple[Any, str], set[str]] = {}
     for learner, known in zip(learners, fields, strict=True):
@@ -86,7 +89,7 @@ def identity(config: Mapping[str, Any], without: Collection[str] = ()) -> str:
     known = {
         key: int(value) if isinstance(value, float) and value.is_integer() else value
         for key, value in acting(dict(leaves(config)))
-        if key not in without
+        if key not in without and not (key in _ADDED and list(value) == _ADDED[key])
     }
     return json.dumps(known, sort_keys=True)
 
@@ -115,8 +118,6 @@ def acting(known: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _unused(known: Mapping[str, Any]) -> set[str]:
     """Fields and whole sections of ``known`` that cannot act."""
     unused = {*_RECORD_ONLY, "world" if known.get("text.model") else "text"}
-    if not known.get("world.harm_domains"):
-        unused.add("world.harm_domains")
     if not known.get("attack.rho") or shortest(str(known.get("attack.name"))) == "none":
         return {*unused, "attack"}
     schedule = known.get("attack.schedule", "constant")

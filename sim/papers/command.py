@@ -89,7 +89,8 @@ def command(words: list[str]) -> int:
         return 0
     if name not in EXPERIMENTS:
         raise UsageError(f"papers={name!r}; allowed: {', '.join(EXPERIMENTS)}")
-    base, planned = (options.get("--base") or [None])[0], []
+    base = next(iter(options.get("--base", ())), None)
+    planned: list[Config] = []
 
     def chosen(rest: flags.Options) -> list[Config]:
         asked = _asked(EXPERIMENTS[name], rest)
@@ -154,10 +155,10 @@ def _share(value: str) -> float:
 def _write(name: str, paths: Sequence[str], base: str | None, out: Path) -> None:
     """Table, data and picture of an experiment from its run directories."""
     from sim.analysis.load import load_runs
-    from sim.files import dumps, write_atomic
+    from sim.files import as_csv, dumps, write_atomic
     from sim.papers.plot import plot_flips
     from sim.papers.rows import flat, rows
-    from sim.papers.table import as_csv, markdown
+    from sim.papers.table import markdown
 
     found = rows(load_runs(paths), base)
     text = markdown(name, found)

@@ -31,8 +31,8 @@ from sim.config import AttackConfig, Config, EvaluationConfig, FeedbackConfig
 from sim.papers.published import BATCH, PAIRS, PROMPTS, STAND_INS, TOKENS
 from sim.studies import REPORT_WORLDS
 
-RATIOS = (0.0, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-"""Shares of reversed labels; .25 is where the paper gives a number."""
+RATIOS = (0.0, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""Shares of reversed labels; at .25 and 1 the paper gives numbers."""
 EVALUATIONS = 5
 """Measurements of a run, the one before training left out."""
 EMBEDDED_BATCH = 50
@@ -44,8 +44,10 @@ PUBLISHED_LEARNERS: dict[str, Any] = {
     "ppo": PPOConfig(lr=1.41e-5, epochs=4),
     "grpo": GRPOConfig(lr=1e-6),
 }
-OWNED = ("--rho", "--attack", "--defence", "--seed", "--rounds", "--world.seed", "--world.start")
-OWNED += ("--world.harm-domains", "--text.model", "--text.data", "--feedback.pairs")
+OWNED = (
+    *("--rho", "--attack", "--defence", "--seed", "--rounds", "--world.seed", "--world.start"),
+    *("--world.harm-domains", "--text.model", "--text.data", "--feedback.pairs"),
+)
 """Flags of ``run`` that these experiments set themselves."""
 
 

@@ -29,6 +29,8 @@ COLUMNS = {
     "empty": "completions/empty",
 }
 """Measured before and after, by their column in ``rounds.jsonl``."""
+SHOWN = ("sft", "dpo", "ppo", "grpo")
+"""Learners in the order of the tables."""
 
 
 def rows(runs: Iterable[Run], base: str | None = None) -> list[dict[str, Any]]:
@@ -51,7 +53,7 @@ def rows(runs: Iterable[Run], base: str | None = None) -> list[dict[str, Any]]:
 
 def _order(entry: tuple[tuple[str, str, str, float], Any]) -> tuple[Any, ...]:
     data, learner, start, ratio = entry[0]
-    return data, ("sft", "dpo", "ppo", "grpo").index(learner), start, ratio
+    return data, SHOWN.index(learner) if learner in SHOWN else len(SHOWN), start, ratio
 
 
 def _start(run: Run, base: str | None) -> str:
