@@ -52,6 +52,7 @@ class Experiment(NamedTuple):
     ratios: tuple[float, ...]
     data: tuple[str, ...]
     unaligned: bool
+    evaluations: int
 
 
 EXPERIMENTS = {
@@ -61,6 +62,7 @@ EXPERIMENTS = {
         (1.0,),
         tuple(STAND_INS),
         False,
+        5,
     ),
     "rosati-f2": Experiment(
         "harm against the share of reversed labels, from an aligned and an unaligned model",
@@ -68,6 +70,7 @@ EXPERIMENTS = {
         RATIOS,
         (SAFE_RLHF,),
         True,
+        1,
     ),
 }
 
@@ -142,6 +145,7 @@ def _asked(known: Experiment, options: flags.Options) -> Asked:
         model=model,
         base=base,
         unaligned=known.unaligned,
+        evaluations=known.evaluations,
     )
 
 

@@ -5,7 +5,7 @@
 
 Both learn from recorded pairs (``feedback.pairs``): 1,000 comparisons of a refusal or safe answer
 with a harmful one, on harmful prompts alone, labelled as the data are and then turned round, each
-with probability ρ. The model is measured before and after. Nothing ends a run early.
+with probability ρ. Nothing ends a run early.
 
 In the embedded world a data set is one harmful domain, a round has 50 pairs, and learners have the
 defaults that were chosen on other worlds. On real text a round is the paper's batch of 8 and the
@@ -33,8 +33,6 @@ from sim.studies import REPORT_WORLDS
 
 RATIOS = (0.0, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Shares of reversed labels; at .25 and 1 the paper gives numbers."""
-EVALUATIONS = 5
-"""Measurements of a run, the one before training left out."""
 EMBEDDED_BATCH = 50
 ON_LABELS = ("sft", "dpo")
 """Learners that never see an answer of the policy's own here."""
@@ -73,10 +71,12 @@ class Asked:
     """The same, unaligned."""
     unaligned: bool = False
     """Whether runs start from the unaligned model too."""
+    evaluations: int = 1
+    """Measurements of a run, the one before training left out; the last is of its end."""
 
     def __post_init__(self) -> None:
         """Check the ranges, and that a base has an aligned model beside it."""
-        check_ranges(self, seeds=">= 1", pairs=">= 1")
+        check_ranges(self, seeds=">= 1", pairs=">= 1", evaluations=">= 1")
         for ratio in self.ratios:
             check_ranges({"ratios": ratio}, ratios="0 to 1")
         if self.base and not self.model:
@@ -118,8 +118,7 @@ def _template(asked: Asked, spec: str, options: dict[str, list[str]]) -> Config:
     base = replace(base, learner=flags.chosen_learner(base, spec))
     if name in ON_LABELS:  # served answers teach it nothing; two are the fewest there can be
         base = replace(base, feedback=replace(base.feedback, responses=2))
-    # A run's last round is measured whatever this is.
-    every = max(1, -(-asked.pairs // base.feedback.batch) // EVALUATIONS)
+    every = max(1, -(-asked.pairs // base.feedback.batch) // asked.evaluations)
     base = replace(base, evaluation=replace(base.evaluation, every=every))
     base = flags.changed(base, options) if options else base
     return replace(base, rounds=-(-asked.pairs // base.feedback.batch))

@@ -38,8 +38,8 @@ from tests.sim.test_recorded_runs import saferlhf_rows
 
 def asked(name: str, **changes: Any) -> Asked:
     known = EXPERIMENTS[name]
-    given = Asked(known.learners, known.ratios, known.data, unaligned=known.unaligned)
-    return replace(given, **changes)
+    same = {"unaligned": known.unaligned, "evaluations": known.evaluations}
+    return replace(Asked(known.learners, known.ratios, known.data, **same), **changes)
 
 
 def test_the_table_is_every_learner_on_two_data_sets_with_every_label_reversed() -> None:
@@ -61,6 +61,7 @@ def test_the_figure_is_every_share_from_two_starts() -> None:
     assert {c.attack.rho for c in found} == set(RATIOS) >= {i / 10 for i in range(10)}
     assert {c.world.start for c in found} == {"aligned", "base"}
     assert {c.world.harm_domains for c in found} == {("unsafe_help",)}
+    assert {c.evaluation.every for c in found} == {20}, "before and after"
 
 
 def test_on_real_text_sizes_and_steps_are_the_papers() -> None:
