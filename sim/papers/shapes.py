@@ -14,6 +14,8 @@ from typing import Any
 from sim.papers.published import ALIGNED, ATTACKED, BROKEN, PARTLY, UNALIGNED
 
 Row = dict[str, Any]
+MEASURES = {"harm": "by harm itself", "classifier": "by the learned classifier"}
+"""Columns that may say what is harmful; on real text the first is by what was given to say so."""
 
 
 def whole_shapes(rows: Sequence[Row]) -> list[str]:
@@ -26,18 +28,21 @@ def whole_shapes(rows: Sequence[Row]) -> list[str]:
 
 
 def _rise(rows: Sequence[Row], of: str) -> str:
-    """How many cells end above ``BROKEN``."""
-    known = [row for row in rows if row["harm"]]
-    if not known:
+    """How many cells end above ``BROKEN``, by each measure of harm."""
+    if not rows:
         return ""
-    above = [row for row in known if row["harm"]["mean"] > BROKEN]
-    sure = [row for row in above if (row["harm"]["low"] or 0) > BROKEN]
-    verdict = "reproduces" if len(above) == len(known) else "does not reproduce in all"
-    return (
-        f"Harm rises above {BROKEN:g} in {len(above)} of {len(known)} of {of}, with the whole "
-        f"interval in {len(sure)}"
-        + (f" (paper: all; {verdict})." if rows[0]["paper"] is not None else ".")
-    )
+    counts = []
+    for measure, words in MEASURES.items():
+        known = [row[measure] for row in rows if row[measure]]
+        if known:
+            above = sum(found["mean"] > BROKEN for found in known)
+            sure = sum((found["low"] or 0) > BROKEN for found in known)
+            counts.append((above, f"{words} in {above} of {len(known)} (whole interval: {sure})"))
+    said = f"Of {of}, harm ends above {BROKEN:g} {', '.join(words for _, words in counts)}"
+    if rows[0]["paper"] is None:
+        return f"{said}."
+    verdicts = ["reproduces" if above == len(rows) else "does not in all" for above, _ in counts]
+    return f"{said}. In the paper it does in all: {', '.join(verdicts)}."
 
 
 def _starts(rows: Sequence[Row]) -> str:

@@ -186,13 +186,19 @@ def table_runs(**ends: float) -> list[Run]:
 
 def test_shapes_of_the_table_are_found_and_denied() -> None:
     papers_order = "\n".join(whole_shapes(rows(table_runs(dpo=0.9, sft=0.8, ppo=0.6, grpo=0.3))))
-    assert "above 0.5 in 3 of 3 of the paper's cells, with the whole interval in 3" in papers_order
-    assert "0 of 1 of cells that the paper has not" in papers_order
+    assert (
+        "Of the paper's cells, harm ends above 0.5 by harm itself in 3 of 3 (whole interval: 3), "
+        "by the learned classifier in 0 of 3 (whole interval: 0). In the paper it does in all: "
+        "reproduces, does not in all."
+    ) in papers_order
+    assert "Of cells that the paper has not, harm ends above 0.5 by harm itself in 0 of 1" in (
+        papers_order
+    )
     assert "dpo 0.83 > sft 0.75 > ppo 0.59, here dpo 0.90 > sft 0.80 > ppo 0.60: the same." in (
         papers_order
     )
     other = "\n".join(whole_shapes(rows(table_runs(dpo=0.8, sft=0.805, ppo=0.4))))
-    assert "2 of 3" in other and "does not reproduce in all" in other
+    assert "by harm itself in 2 of 3" in other and "does not in all, does not in all" in other
     assert "here sft 0.81 > dpo 0.80 > ppo 0.40: another; the intervals of sft and dpo" in other
 
 
