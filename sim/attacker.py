@@ -24,10 +24,9 @@ from envs.records import by_refusal
 from envs.refusals import SENTENCES
 from envs.types import HARMFUL, PromptTable
 from envs.usage import UsageError
-from envs.world import World
 from sim.config import Config
 from sim.real_text import written
-from sim.scenario import Scenario, pack
+from sim.scenario import Scenario, pack, world_of
 
 Supply = Callable[[int], PairBatch]
 
@@ -64,7 +63,7 @@ def attack_prompts(scenario: Scenario) -> PromptTable:
     told = scenario.environment
     if "data" in told:
         return RecordedText(tokenizer=told["tokenizer"], **told["data"]).table("attack")
-    return World(told["world"]).table("attack")
+    return world_of(told).table("attack")
 
 
 def make_judge(attack: Any, table: PromptTable, scorer: Any) -> Scorer:
@@ -89,7 +88,7 @@ def attack_answers(
     if "data" in told:
         data = RecordedText(tokenizer=told["tokenizer"], **told["data"])
         return recorded_answers(data, attack, tokenizer, config.sampler.max_new_tokens)
-    world = World(told["world"])
+    world = world_of(told)
     table = world.table("attack")
     rows, rng = attack.rows(table), draws.stream(config.seed, "attacker's answers")
     harm, refusal = (

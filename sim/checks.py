@@ -173,13 +173,13 @@ def _check_owner(config: Config, attack: Attack) -> None:
 
 def _check_embedded(config: Config, members: list[Defence]) -> None:
     """Make the environment, which needs no built model, and see what the defences ask for."""
-    from envs.world import World
     from sim.factory import make_env
-    from sim.scenario import world_roles
+    from sim.scenario import world_of, world_roles
 
-    unbuilt: Any = SimpleNamespace(environment={"world": config.world.seed})
+    unbuilt: Any = SimpleNamespace(environment=config.world.told)
     make_env(config, unbuilt).close()
-    roles = {*world_roles(World(config.world.seed)), "score:cost", *config.feedback.log_facts}
+    world = world_of(config.world.told)
+    roles = {*world_roles(world), "score:cost", *config.feedback.log_facts}
     for member in members:
         if missing := missing_needs(member, roles):
             raise UsageError(

@@ -39,6 +39,7 @@ commands:
   best-of-n [PRESET] ...          harm of the worst of N answers, without any training
   bench                           where the time of a round goes
   memory [--model M]              what fits where: whole models, adapters, precisions
+  papers [NAME]                   published experiments, with the paper's numbers beside ours
   exit-rules                      rules that date an exit, where the truth is known
 
 `poisonloop COMMAND --help` shows a command's flags.
@@ -69,6 +70,7 @@ COMMANDS = {
     "best-of-n": ("sim.best_of_n", "command"),
     "bench": ("sim.bench.command", "main"),
     "memory": ("sim.memory_command", "command"),
+    "papers": ("sim.papers.command", "command"),
     "exit-rules": ("sim.exit_rules_command", "command"),
 }
 
@@ -95,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         launch.check(words[0])
         launch.join()
-        if words[0] in ("run", "sweep", "defend", "train-classifier", "prepare-data"):
+        if words[0] in ("run", "sweep", "defend", "train-classifier", "prepare-data", "papers"):
             _read_data(words)
         code = _command(words[0])(words[1:]) or 0
         launch.leave()
@@ -160,9 +162,14 @@ def _read_data(words: list[str]) -> None:
 
 
 def _values(words: list[str]) -> list[tuple[str, str]]:
-    """Flags with the word that stands behind each, as far as can be told without knowing them."""
-    pairs = [word.partition("=")[::2] for word in words if "=" in word]
-    return [*pairs, *zip(words, words[1:], strict=False)]
+    """Flags with every word that stands behind each, whatever it is."""
+    pairs, flag = [word.partition("=")[::2] for word in words if "=" in word], ""
+    for word in words:
+        if word.startswith("--"):
+            flag = word.partition("=")[0]
+        else:
+            pairs.append((flag, word))
+    return pairs
 
 
 def _asks_hub(words: list[str]) -> bool:

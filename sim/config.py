@@ -22,6 +22,7 @@ from agents.learners.reward_model import RewardModelConfig
 from agents.learners.sft import SFTConfig
 from agents.models import ModelConfig
 from envs.usage import UsageError, check_ranges
+from envs.world.language import HARM_DOMAINS
 from sim.evaluation_config import AT_ONCE, EvaluationConfig
 from sim.text_config import TextConfig
 
@@ -45,9 +46,11 @@ class WorldConfig:
     """Model family of the built policy."""
     start: Literal["aligned", "base"] = "aligned"
     """Which model the run starts from."""
+    harm_domains: tuple[str, ...] = ()
+    """Harmful domains that prompts are about, as a data set covers some; all when empty."""
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check the ranges, and that the domains exist."""
         check_ranges(
             self,
             "world.",
@@ -55,6 +58,17 @@ class WorldConfig:
             model_seed="0 to 2147483647",
             foothold="0 to 0.5",
         )
+        for name in self.harm_domains:
+            if name not in HARM_DOMAINS or self.harm_domains.count(name) > 1:
+                raise UsageError(
+                    f"world.harm_domains={name!r}; allowed: {', '.join(HARM_DOMAINS)}, each once"
+                )
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """The environment's arguments that say which world it is (JSON values)."""
+        domains = {"harm_domains": list(self.harm_domains)} if self.harm_domains else {}
+        return {"world": self.seed, **domains}
 
 
 @dataclass(frozen=True)

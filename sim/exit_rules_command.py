@@ -43,7 +43,7 @@ def _run(runs: int, seed: int, out: Path | None) -> int:
     from envs.brackets import KINDS
     from envs.exit_rules import RULES
     from sim import exit_study as study
-    from sim.files import dumps, write_atomic
+    from sim.files import as_csv, dumps, write_atomic
 
     steps = len(study.CELLS) * len(RULES) + len(study.BRACKET_CELLS) * len(KINDS)
     # On stderr, so that the table can be piped.
@@ -61,8 +61,8 @@ def _run(runs: int, seed: int, out: Path | None) -> int:
     if out is not None:
         facts = {"runs": runs, "seed": seed, "true_exit": study.TRUE_EXIT, **vars(plan)}
         parts = {
-            "exit-rules.csv": study.as_csv(rows),
-            "brackets.csv": study.as_csv(brackets),
+            "exit-rules.csv": as_csv(rows),
+            "brackets.csv": as_csv(brackets),
             "exit-rules.json": dumps({**facts, "rows": rows, "brackets": brackets}) + "\n",
             "exit-rules.md": tables,
         }

@@ -14,8 +14,6 @@ give them; errors are those of a simulation of so many runs.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -118,16 +116,6 @@ def bracket_rows(
             rows.append({**found, **means, **errors, **_share("coverage", covers)})
             told()
     return rows
-
-
-def as_csv(rows: list[dict[str, Any]]) -> str:
-    """The rows with all their columns; empty where a cell has no such value."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,17 @@ from envs.usage import Interrupted, UsageError
 def dumps(value: Any) -> str:
     """Valid JSON: missing is null, NaN is an error, numpy scalars are numbers."""
     return json.dumps(value, allow_nan=False, default=lambda x: x.item())
+
+
+def as_csv(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows with all their columns; empty where a row has no such value."""
+    rows = list(rows)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -7,6 +7,7 @@ world or from a person's own model and data. Nothing later asks which it was.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from agents.models import freeze_copy
 from envs import rng as draws
 from envs.types import CONTRAST, HARMFUL, PromptTable
 from envs.usage import UsageError
+from envs.world import HARM_DOMAINS, World
 from sim.config import Config
 
 
@@ -71,7 +73,6 @@ def make_scenario(config: Config, progress: bool = False) -> Scenario:
 
 def world_scenario(config: Config, progress: bool = False) -> Scenario:
     """Build or find the embedded models, and the tables and roles of their world."""
-    from envs.world import World
     from sim.bootstrap import WorldModelsConfig, build
 
     chosen = config.world
@@ -85,7 +86,7 @@ def world_scenario(config: Config, progress: bool = False) -> Scenario:
         ),
         progress=progress,
     )
-    world = World(chosen.seed)
+    world = world_of(chosen.told)
     longest, tokens = world.prompt_tokens, config.sampler.max_new_tokens
     check_lengths(getattr(models, chosen.start), longest, tokens, f"prompts of {longest} tokens")
     table = world.table("eval")
@@ -103,12 +104,17 @@ def world_scenario(config: Config, progress: bool = False) -> Scenario:
         table=table,
         triggered=world.triggered(table),
         scorer=world.oracle,
-        environment={"world": chosen.seed},
+        environment=chosen.told,
         roles=world_roles(world),
         harm_source="oracle of the embedded world",
         hashes=models.hashes,
         scorers={"cost": probability_of_harm(models.classifier)},
     )
+
+
+def world_of(told: Mapping[str, Any]) -> World:
+    """The embedded world that an environment was told to be (``WorldConfig.told``)."""
+    return World(told["world"], tuple(told.get("harm_domains", HARM_DOMAINS)))
 
 
 def probability_of_harm(classifier: Path) -> Scorer:

@@ -6,6 +6,7 @@ import itertools
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,37 @@ def command(words: list[str]) -> int:
         lists = {"studies": ", ".join(STUDIES), "presets": ", ".join(PRESETS)}
         print(USAGE.format(cores=os.cpu_count(), **lists), end="")
         return 0
-    out = Path(flags.take(options, "--out") or "runs/sweep")
+    claimed = options.get("--study") == ["learners"]
+
+    def chosen(rest: flags.Options) -> list[Config]:
+        return study(preset, rest) if "--study" in rest else grid(preset, rest)
+
+    def finish(table: dict[str, Any], out: Path) -> int:
+        print_table(table)
+        if claimed:
+            _print_claims(table, out)
+        return _finish(table, out)
+
+    return work(options, "runs/sweep", chosen, finish, ["sweep", *words])
+
+
+def work(
+    options: flags.Options,
+    home: str,
+    chosen: Callable[[flags.Options], list[Config]],
+    finish: Callable[[dict[str, Any], Path], int],
+    words: list[str],
+) -> int:
+    """Take a sweep's own flags out of ``options`` and run what the rest asks for.
+
+    Args:
+        options: flags with their values.
+        home: the folder where ``--out`` names none.
+        chosen: makes the runs of the other flags.
+        finish: given the table and the folder, says what came out; its result is returned.
+        words: what was typed, to be typed again.
+    """
+    out = Path(flags.take(options, "--out") or home)
     asked, ray = flags.whole(options, "--jobs"), _ray_address(options)
     jobs = (os.cpu_count() or 1) if asked is None else asked
     if jobs < 1:
@@ -80,8 +111,7 @@ def command(words: list[str]) -> int:
     retried, any_code = flags.take(options, "--retry"), options.pop("--any-code", None) is not None
     if retried not in (None, *OUTCOMES):
         raise UsageError(f"retry={retried!r}; allowed: {', '.join(OUTCOMES)}")
-    claimed = options.get("--study") == ["learners"]
-    configs = study(preset, options) if "--study" in options else grid(preset, options)
+    configs = chosen(options)
     cells = plan(configs, out)
     arms = set(arm_names([cell.config.to_dict() for cell in cells]))
     rounds = {cell.config.rounds for cell in cells}
@@ -93,7 +123,7 @@ def command(words: list[str]) -> int:
     if only:
         print_status([standing(cell) for cell in cells], jobs, every="--dry-run" in only)
         return 0
-    again = shlex.join(["poisonloop", "sweep", *words])
+    again = shlex.join(["poisonloop", *words])
     try:
         with sweep_progress() as listener:
             most = None if far else jobs
@@ -103,10 +133,7 @@ def command(words: list[str]) -> int:
         return 130
     except Interrupted as error:
         raise Interrupted(f"{error}\ncontinue with: {again}") from error
-    print_table(table)
-    if claimed:
-        _print_claims(table, out)
-    return _finish(table, out)
+    return finish(table, out)
 
 
 def _ray_address(options: flags.Options) -> str | None:

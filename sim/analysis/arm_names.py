@@ -23,6 +23,9 @@ _TOLD = "n_true chance_cost chance_limit cvar_share cvar_limit pointwise_limit h
 _RECORD_ONLY = {"checkpoint_every", "keep_every", "samples_per_round"}
 _RECORD_ONLY |= {f"evaluation.{name}" for name in _TOLD}
 """Fields that change what is written of a run and nothing that happens in it."""
+_ADDED: dict[str, list[Any]] = {"world.harm_domains": []}
+"""Fields that earlier runs lack, with what they were then; an identity has them where they differ,
+so that those runs keep theirs."""
 _SPECS = {"attack.name", "defences", "feedback.behaviours"}
 
 
@@ -32,7 +35,7 @@ def arm_names(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     Learners are named where they differ. Settings are compared within a learner, since learners
     have different ones, and only where they act.
     """
-    fields = [dict(leaves(config)) for config in configs]
+    fields = [{**_ADDED, **dict(leaves(config))} for config in configs]
     learners = [known.get("learner.name") for known in fields]
     values: dict[tuple[Any, str], set[str]] = {}
     for learner, known in zip(learners, fields, strict=True):
@@ -88,7 +91,7 @@ def identity(config: Mapping[str, Any], without: Collection[str] = ()) -> str:
     known = {
         key: int(value) if isinstance(value, float) and value.is_integer() else value
         for key, value in acting(dict(leaves(config)))
-        if key not in without
+        if key not in without and not (key in _ADDED and list(value) == _ADDED[key])
     }
     return json.dumps(known, sort_keys=True)
 
