@@ -26,6 +26,8 @@ WRAP = 36
 """Characters on one line of an arm's name."""
 MOST_LABELS = 8
 """Most lines that are named at their ends; the names of more would lie on each other."""
+CAPTION = "caption"
+"""Mark of the text under a picture, by which a page finds its words."""
 Dash = str | tuple[int, tuple[float, ...]]
 RC: Any = {
     "figure.dpi": 100,
@@ -121,7 +123,7 @@ def caption(ax: Axes, text: str, below: float = 38.0) -> None:
     ax.annotate(
         textwrap.fill(text, max(40, int(width * 16))), (0, 0), xycoords="axes fraction",
         xytext=(0, -below), textcoords="offset points", va="top", ha="left", fontsize=8.5,
-        color=GREY, linespacing=1.35, annotation_clip=False,
+        color=GREY, linespacing=1.35, annotation_clip=False, gid=CAPTION,
     )  # fmt: skip
 
 

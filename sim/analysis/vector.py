@@ -1,0 +1,63 @@
+"""Pictures as SVG for a page, and as the files that people ask for by name."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from envs.usage import UsageError
+from sim.analysis import style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FORMATS = (".svg", ".png", ".pdf")
+
+
+def svg(ax: Axes) -> bytes:
+    """The figure of ``ax`` as SVG, cropped, without a background; equal for equal figures."""
+    buffer = io.BytesIO()
+    _write(ax, buffer, "svg", transparent=True)
+    return buffer.getvalue()
+
+
+def words_under(ax: Axes) -> str:
+    """What the captions of the figure say, on one line."""
+    figure = style.figure_of(ax)
+    texts = figure.findobj(lambda artist: artist.get_gid() == style.CAPTION)
+    return " ".join(" ".join(text.get_text().split()) for text in texts)
+
+
+def colour_is_data(ax: Axes) -> bool:
+    """Whether a colour scale says something, so that a dark page may not exchange colours."""
+    from matplotlib.collections import QuadMesh
+    from matplotlib.image import AxesImage
+
+    return bool(style.figure_of(ax).findobj(lambda a: isinstance(a, QuadMesh | AxesImage)))
+
+
+def write(ax: Axes, path: Path) -> Path:
+    """Write the figure of ``ax`` in the format that ``path`` ends with.
+
+    Raises:
+        ValueError: another ending than one of ``FORMATS``.
+    """
+    if path.suffix not in FORMATS:
+        raise UsageError(f"--out {str(path)!r}; allowed with --figure: {', '.join(FORMATS)}")
+    if path.suffix == ".png":
+        return style.save(ax, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        _write(ax, file, path.suffix.removeprefix("."))
+    return path
+
+
+def _write(ax: Axes, file: io.IOBase, kind: str, **more: object) -> None:
+    from matplotlib import rc_context
+
+    dated = {"Date": None} if kind == "svg" else {"CreationDate": None}
+    with rc_context({"svg.hashsalt": "poisonloop", "svg.fonttype": "path"}):
+        style.figure_of(ax).savefig(
+            file, format=kind, bbox_inches="tight", pad_inches=0.12, metadata=dated, **more
+        )
