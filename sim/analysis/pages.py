@@ -32,7 +32,7 @@ def page(title: str, body: str, data: Mapping[str, str]) -> str:
     )
     blocks = (
         # No "<" in a data block: neither "</script" nor "<!--" can end or confuse it.
-        f'<script type="application/json" id="{name}">{text.replace("<", chr(92) + "u003c")}</script>'
+        f'<script type="application/json" id="{name}">' + text.replace("<", "\\u003c") + "</script>"
         for name, text in data.items()
     )
     parts = [
@@ -82,9 +82,10 @@ def table(frame: pd.DataFrame, links: Sequence[str] = (), caption: str = "") -> 
         caption: what a screen reader says of it.
     """
     right = [_is_number(frame[name]) for name in frame]
+    whole = [_counts(frame[name]) for name in frame]
 
     def cell(value: object, column: int, row: int) -> str:
-        text = _plain(value)
+        text = f"{value:g}" if whole[column] and pd.notna(value) else _plain(value)
         if column == 0 and links:
             text = f'<a href="{escape(links[row])}">{text}</a>'
         return f"<td{' class=n' if right[column] else ''}>{text}</td>"
@@ -108,6 +109,12 @@ def _is_number(column: pd.Series) -> bool:
     return len(known) > 0 and all(_plain(value)[:1] in "-+×0123456789" for value in known)
 
 
+def _counts(column: pd.Series) -> bool:
+    """Whether floats are counts of something, or halves of counts."""
+    known = column.dropna()
+    return column.dtype.kind == "f" and (known.abs() > 1).any() and bool((known % 0.5 == 0).all())
+
+
 def _plain(value: object) -> str:
     if pd.isna(value):
         return "–"
@@ -128,7 +135,8 @@ def figure(name: str, title: str, image: bytes, words: str, line: str, fixed: bo
     data = base64.b64encode(image).decode()
     kind = "picture fixed" if fixed else "picture"
     return (
-        f'<figure id="figure-{name}"><h3>{escape(title)}</h3><div class="card" tabindex="0">'
+        f'<figure id="figure-{name}"><h3 class="unseen">{escape(title)}</h3>'
+        '<div class="card" tabindex="0">'
         f'<img class="{kind}" src="data:image/svg+xml;base64,{data}" '
         f'alt="{escape(f"{title}. {words}")}"></div>'
         f"<figcaption>{command(line)}</figcaption></figure>"

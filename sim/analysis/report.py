@@ -99,13 +99,14 @@ def write_figure(run_dirs: Iterable[Path | str], name: str, out: Path) -> Path:
 
 def _shortest(given: Sequence[Path]) -> list[Path]:
     """The same runs by fewer names: a folder in place of all the runs that lie in it."""
+    lying: dict[Path, list[Path]] = {}
+    for path in given:
+        lying.setdefault(path.parent, []).append(path)
     names: list[Path] = []
-    for parent, paths in pd.Series(given).groupby([path.parent for path in given], sort=False):
-        inside = {
-            path for path in parent.glob("*/manifest.json") if not path.parent.name.startswith(".")
-        }
-        whole = len(paths) > 1 and inside == {path / "manifest.json" for path in paths}
-        names += [parent] if whole else list(paths)
+    for parent, paths in lying.items():
+        found = (path.parent for path in parent.glob("*/manifest.json"))
+        inside = {path for path in found if not path.name.startswith(".")}
+        names += [parent] if len(paths) > 1 and inside == set(paths) else paths
     return names
 
 
@@ -193,7 +194,8 @@ def _sheet(sheet: Sheet, frame: pd.DataFrame, runs: Sequence[Run] = ()) -> str:
     links = [f"#run-{place}" for place in range(len(runs))]
     heading = "" if runs else f"<h3>{escape(sheet.title)}</h3>"
     table = pages.table(frame, links, sheet.title)
-    return f'<div class="sheet" id="table-{sheet.name}">{heading}{table}{pages.quiet(sheet.caution)}</div>'
+    body = heading + table + pages.quiet(sheet.caution)
+    return f'<div class="sheet" id="table-{sheet.name}">{body}</div>'
 
 
 _GLANCE = (

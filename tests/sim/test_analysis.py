@@ -1,11 +1,7 @@
 """Reading runs, exit times across seeds, pictures and pages; the runs are written here."""
 
-import base64
-import hashlib
 import json
-import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -534,9 +530,12 @@ def test_report_of_one_run_lies_beside_it(tmp_path):
     assert written[0] == path / "report.html"
     names = {p.relative_to(path).as_posix() for p in written}
     figures = {f"figures/{name}.png" for name in ("cost_trace", "reward_vs_harm", "rho")}
-    assert names == {"report.html", "samples.html"} | figures
+    tables = {"tables/runs.csv"} | {
+        f"tables/{name}.parquet" for name in ("runs", "rounds", "summaries")
+    }
+    assert names == {"report.html"} | figures | tables
     page = written[0].read_text()
-    assert page.count("data:image/png;base64,") == 3 and "left the safe set" in page
+    assert page.count("data:image/svg+xml;base64,") == 3 and "left the safe set" in page
 
 
 def test_report_of_several_needs_a_place(arms, tmp_path):
@@ -544,7 +543,7 @@ def test_report_of_several_needs_a_place(arms, tmp_path):
         write_report([arms])
     written = write_report([arms], tmp_path / "report")
     assert {"arms.png", "survival.png"} <= {p.name for p in written}
-    assert all(p.stat().st_size > 1000 for p in written)
+    assert all(p.stat().st_size > 1000 for p in written if p.suffix == ".png")
 
 
 def test_report_of_a_run_killed_after_its_first_line(tmp_path):
@@ -553,40 +552,3 @@ def test_report_of_a_run_killed_after_its_first_line(tmp_path):
     (path / "rounds.jsonl").write_text(first + '\n{"round": 1')
     (path / "summary.json").unlink()
     assert "has not ended" in write_report([path])[0].read_text()
-
-
-HOSTILE = (
-    "</script><script>document.title='owned'</script><img src=x onerror=document.title=1><!-- "
-)
-
-
-def test_samples_cannot_leave_their_data_block(tmp_path):
-    write_report([write_run(tmp_path / "run", rounds=3, hostile=HOSTILE)])
-    page = (tmp_path / "run" / "samples.html").read_text()
-    data = re.search(r'id="samples">(.*?)</script>', page, re.S)
-    assert data is not None and "<" not in data[1]
-    rows = json.loads(data[1])
-    assert len(rows) == 24 and all(row["prompt"].startswith(HOSTILE) for row in rows)
-    assert "<img" not in page and "default-src 'none'" in page
-    policy = re.search(r"script-src 'sha256-([^']+)'", page)
-    script = re.search(r"<script>(.*?)</script>", page, re.S)
-    digest = hashlib.sha256(script[1].encode()).digest()
-    assert policy[1] == base64.b64encode(digest).decode()
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine to open the page with")
-def test_samples_page_in_a_browser(tmp_path):
-    """The page's own script runs under its policy, and the samples' does not."""
-    write_report([write_run(tmp_path / "run", rounds=3, hostile=HOSTILE)])
-    options = "--headless --no-sandbox --disable-gpu --no-first-run --disable-sync --dump-dom"
-    options += " --disable-background-networking --disable-component-update --disable-quic"
-    page = (tmp_path / "run" / "samples.html").as_uri()
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    command = [CHROMIUM, *options.split(), profile, page]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    assert dom.count('<div class="card') == 24
-    assert "24 of 24 recorded comparisons" in dom
-    assert "<title>Samples: " in dom and "owned</title>" not in dom
