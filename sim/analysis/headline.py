@@ -38,29 +38,36 @@ class Group(NamedTuple):
     runs: list[Run]
     exits: list[int]  # rounds of the confirmed exits
     retained: float | None
-    holds: bool | None
+    holds: bool | None  # in every arm; None: unknown in some, and false in none
 
     @property
-    def share(self) -> str:
-        """How many left, with the interval of the share."""
+    def left(self) -> str:
+        """How many of the runs left."""
+        return f"{len(self.exits)} of {len(self.runs)} runs"
+
+    @property
+    def interval(self) -> str:
+        """Where the share of runs that leave lies, at 95 %."""
         low, high = share_interval(len(self.exits), len(self.runs))
-        return f"{len(self.exits)} of {len(self.runs)} [{low:.2f}, {high:.2f}]"
+        return f"[{low:.2f}, {high:.2f}]"
 
 
 def groups(runs: Iterable[Run]) -> list[Group]:
     """Finished runs by attack and defences, undefended first; forks are left out."""
     runs = [run for run in runs if run.summary and not run.fork]
     twins = clean_twins(runs)
-    parted: dict[tuple[str, str], list[Run]] = {}
-    for members in by_arm(runs).values():
-        for run in members:
-            parted.setdefault((_attack(run), _defences(run)), []).append(run)
+    parted: dict[tuple[str, str], list[list[Run]]] = {}
+    for arm in by_arm(runs).values():
+        parted.setdefault((_attack(arm[0]), _defences(arm[0])), []).append(arm)
     found = []
-    for (attack, defences), members in parted.items():
-        retained = learning_retained(members, twins)
+    for (attack, defences), arms in parted.items():
+        held = [holds(arm, learning_retained(arm, twins)) for arm in arms]
+        known = False if False in held else None if None in held else True
+        members = [run for arm in arms for run in arm]
         dated = [run.exit_round("confirmed") for run in members]
         exits = [when for when in dated if when is not None]
-        found.append(Group(attack, defences, members, exits, retained, holds(members, retained)))
+        retained = learning_retained(members, twins)
+        found.append(Group(attack, defences, members, exits, retained, known))
     return found
 
 
@@ -81,7 +88,7 @@ def answer_table(runs: Iterable[Run]) -> pd.DataFrame:
             "defence": group.defences or "none",
             "runs": len(group.runs),
             "left": len(group.exits),
-            "share that left [95 %]": _share(group),
+            "share that left [95 %]": f"{len(group.exits) / len(group.runs):.2f} {group.interval}",
             "median exit round": float(np.median(group.exits)) if group.exits else None,
             "harm at end": _mean(group.runs, "harm_end"),
             "help gain": _mean(group.runs, "help_gain"),
@@ -90,11 +97,6 @@ def answer_table(runs: Iterable[Run]) -> pd.DataFrame:
         }
         for group in groups(runs)
     )
-
-
-def _share(group: Group) -> str:
-    low, high = share_interval(len(group.exits), len(group.runs))
-    return f"{len(group.exits) / len(group.runs):.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _mean(runs: list[Run], name: str) -> float | None:
@@ -123,7 +125,7 @@ def answer(runs: Iterable[Run]) -> list[str]:
 
 def _undefended(group: Group) -> str:
     under = f"Under {group.attack}, without a defence," if group.attack else "Without an attack"
-    words = f"{under} {group.share} runs left the safe set"
+    words = f"{under} {group.left} left the safe set (share in {group.interval} at 95 %)"
     if not group.exits:
         return f"{words}."
     first, last = min(group.exits), max(group.exits)
@@ -138,7 +140,8 @@ def _defended(attack: str, mine: list[Group]) -> list[str]:
     many = len(mine)
     if held:
         best = held[0]
-        words = f"{best.defences} keeps the policy inside under {attack}: {best.share} runs left, "
+        words = f"{best.defences} keeps the policy inside under {attack}: {best.left} left "
+        words += f"(share in {best.interval} at 95 %), "
         words += f"and it kept {_percent(best)} of what honest feedback teaches."
         others = ", ".join(f"{group.defences} ({_percent(group)})" for group in held[1:6])
         more = f" and {len(held) - 6} more" if len(held) > 6 else ""
@@ -148,7 +151,7 @@ def _defended(attack: str, mine: list[Group]) -> list[str]:
         return [words, (also + rest).strip()] if also or rest else [words]
     safe = [group for group in mine if group.holds is None]
     if safe:
-        names = ", ".join(f"{group.defences} ({group.share} left)" for group in safe[:6])
+        names = ", ".join(f"{group.defences} ({group.left} left)" for group in safe[:6])
         return [
             f"Under {attack} these stayed inside: {names}. What they cost in learning is not "
             "known: no clean run of the same seeds is here, or it learned too little."
@@ -157,7 +160,7 @@ def _defended(attack: str, mine: list[Group]) -> list[str]:
     kept = "" if least.retained is None else f" and {_percent(least)} of the learning kept"
     words = f"Under {attack} no defence of {many} holds" if many > 1 else f"{mine[0].defences} does"
     words += "" if many > 1 else f" not hold under {attack}"
-    return [f"{words}; fewest left under {least.defences}: {least.share} runs{kept}."]
+    return [f"{words}; fewest left under {least.defences}: {least.left} {least.interval}{kept}."]
 
 
 def _percent(group: Group) -> str:
@@ -188,7 +191,8 @@ def cautions(runs: Iterable[Run]) -> list[str]:
     if len(learners) > 1:
         said.append(
             f"Shares pool {len(learners)} learners ({', '.join(learners)}); runs of one world or "
-            "seed share people and prompts, so their intervals are too narrow."
+            "seed share people and prompts, so their intervals are too narrow. A defence that is "
+            "said to hold does so in every arm; the learning kept is a mean over arms."
         )
     worlds = {run.config.get("world", {}).get("seed", 0) for run in runs}
     if len(worlds) == 1:

@@ -105,8 +105,7 @@ def table(frame: pd.DataFrame, links: Sequence[str] = (), caption: str = "") -> 
 
 
 def _is_number(column: pd.Series) -> bool:
-    known = column.dropna()
-    return len(known) > 0 and all(_plain(value)[:1] in "-+×0123456789" for value in known)
+    return all(_plain(value)[:1] in "-+×0123456789" for value in column.dropna())
 
 
 def _counts(column: pd.Series) -> bool:

@@ -68,7 +68,8 @@ def write_report(
     several = len(runs) > 1
     line = ["poisonloop", "report", *map(str, _shortest(given))]
     figures, drawn = _pictures(runs, page.parent / "figures", line)
-    sheets = {sheet: sheet.make(runs) for sheet in ((ANSWER, *SHEETS) if several else SHEETS[-1:])}
+    asked = [sheet for sheet in (ANSWER, *SHEETS) if several or sheet.name == "runs"]
+    sheets = {sheet: sheet.make(runs) for sheet in asked}
     sheets = {sheet: frame for sheet, frame in sheets.items() if len(frame)}
     said = samples.collect(runs, several)
     document = _document(runs, figures, sheets, said, line)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from envs.usage import UsageError
 from sim.analysis import style
@@ -24,9 +24,11 @@ def svg(ax: Axes) -> bytes:
 
 def words_under(ax: Axes) -> str:
     """What the captions of the figure say, on one line."""
-    figure = style.figure_of(ax)
-    texts = figure.findobj(lambda artist: artist.get_gid() == style.CAPTION)
-    return " ".join(" ".join(text.get_text().split()) for text in texts)
+    from matplotlib.text import Text
+
+    texts = style.figure_of(ax).findobj(Text)
+    captions = [t for t in texts if isinstance(t, Text) and t.get_gid() == style.CAPTION]
+    return " ".join(" ".join(text.get_text().split()) for text in captions)
 
 
 def colour_is_data(ax: Axes) -> bool:
@@ -53,7 +55,7 @@ def write(ax: Axes, path: Path) -> Path:
     return path
 
 
-def _write(ax: Axes, file: io.IOBase, kind: str, **more: object) -> None:
+def _write(ax: Axes, file: IO[bytes], kind: str, **more: Any) -> None:
     from matplotlib import rc_context
 
     dated = {"Date": None} if kind == "svg" else {"CreationDate": None}

@@ -56,12 +56,13 @@ def page(runs, tmp_path_factory):
 def test_the_answer_in_words(runs):
     said = answer(load_runs([runs]))
     assert said[0].startswith(
-        "Under harmful_asker at ρ = 0.25, without a defence, 2 of 2 [0.16, 1.00] runs left the "
-        "safe set; the exits were confirmed in rounds "
+        "Under harmful_asker at ρ = 0.25, without a defence, 2 of 2 runs left the safe set "
+        "(share in [0.16, 1.00] at 95 %); the exits were confirmed in rounds "
     )
     assert said[1].startswith("refusal_loss keeps the policy inside")
-    assert "0 of 2 [0.00, 0.84] runs left, and it kept 100 % of what honest" in said[1]
-    assert said[2] == "Without an attack 0 of 2 [0.00, 0.84] runs left the safe set."
+    share = "(share in [0.00, 0.84] at 95 %)"
+    assert f"0 of 2 runs left {share}, and it kept 100 % of what honest" in said[1]
+    assert said[2] == f"Without an attack 0 of 2 runs left the safe set {share}."
     table = answer_table(load_runs([runs])).set_index("defence")
     assert table.loc["refusal_loss", "holds"] == "yes" and table.loc["none", "left"].sum() == 2
 

@@ -98,10 +98,12 @@ function harmChart(run) {
 function charts(run) {
   const made = [harmChart(run)];
   const columns = run.columns;
-  const plain = (title, names, more) => {
+  const plain = (whole, names, more) => {
     const lines = names.map((name, k) => ({ x: run.round, y: columns[name], k, name }))
       .filter((line) => line.y);
     if (!lines.length) return;
+    const title = names.length > 1 && lines.length === 1
+      ? lines[0].name[0].toUpperCase() + lines[0].name.slice(1) : whole;
     made.push(figureOf(title, chart({ lines, xLabel: "round", alt: title + " over rounds", ...more }),
       ...(lines.length > 1 ? [key(lines)] : [])));
   };
