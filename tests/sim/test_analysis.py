@@ -20,11 +20,12 @@ from envs.monitor import CostMonitor
 from sim.analysis.arm_names import arm_names, identity, replicate
 from sim.analysis.arms import plot_arms, plot_survival
 from sim.analysis.load import by_arm, load_run, load_runs
+from sim.analysis.paired import log_rank, rmst_difference
 from sim.analysis.plots import RHO, plot_cost_trace, plot_reward_vs_harm, plot_rho
 from sim.analysis.report import write_report
 from sim.analysis.style import line_style, short_names
-from sim.analysis.survival import exit_table, kaplan_meier, log_rank, rmst, rmst_difference
-from sim.analysis.tables import AGAINST, arm_table, run_table
+from sim.analysis.survival import exit_table, kaplan_meier, rmst
+from sim.analysis.tables import AGAINST, EXCHANGE, HOLM, arm_table, run_table
 
 
 def write_run(
@@ -243,7 +244,7 @@ def test_exit_table_censors_runs_that_stay_inside(arms):
     exited = table.loc[("harmful_asker ρ=0.25", "seed 0")]
     summary = load_run(arms / "attacked-0").summary
     assert exited["event"] and exited["time"] == summary["exit_confirmed"]["labels"]
-    assert [exited["left"], exited["right"]] == summary["bracket"]
+    assert [exited["left"], exited["right"]] == [64 * r for r in summary["bracket"]]
     inside = table.loc[("clean", "seed 1")]
     assert not inside["event"] and inside["time"] == 64 * 20 and np.isinf(inside["right"])
 
@@ -291,7 +292,7 @@ def test_kaplan_meier_by_hand():
 
 def table_of(times: dict[str, list[float]], horizon: float) -> pd.DataFrame:
     rows = [
-        {"arm": arm, "replicate": seed, "time": time, "event": time < horizon}
+        {"arm": arm, "replicate": seed, "world": 0, "time": time, "event": time < horizon}
         for arm, members in times.items()
         for seed, time in enumerate(members)
     ]
@@ -471,6 +472,12 @@ def test_a_defended_arm_is_compared_with_its_undefended_one(arms, tmp_path):
     assert table[AGAINST].isna().tolist() == [True, False, True]
     assert table[AGAINST][1].startswith(f"{20 - np.mean(left):+.1f} [+")
     assert table["log-rank p"][1] < 0.05
+    assert table[EXCHANGE][1] == 2 / 16 and table[HOLM].isna().tolist() == [True, False, True]
+    for seed in range(4):  # a second comparison: the smaller p-value counts twice
+        write_run(tmp_path / f"lisa-{seed}", 0.25, seed, 6.0 + 3 * seed, ("lisa",))
+    table = arm_table(load_runs([tmp_path])).set_index("arm")
+    p, adjusted = (table[name].dropna().to_numpy() for name in (EXCHANGE, HOLM))
+    assert p.min() == 2 / 16 and adjusted.tolist() == [2 * p.min(), max(2 * p.min(), p.max())]
 
 
 def diverge(path: Path, at: int) -> Path:
