@@ -15,10 +15,12 @@ import pandas as pd
 from sim.analysis.arms import plot_arms, plot_survival
 from sim.analysis.censored import cause_table
 from sim.analysis.exit_tables import CAUTIONS, dose_table, incidence_table, truth_table
+from sim.analysis.heat_map import plot_heat_map, ratio_table
 from sim.analysis.incidence import ends_compete, plot_incidence
 from sim.analysis.load import Run
 from sim.analysis.retained import UNKNOWN
 from sim.analysis.tables import FOUND, arm_table, branch_table, run_table
+from sim.analysis.time_by_rho import doses, plot_time_by_rho
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,7 +75,19 @@ def _of_ended(make: Callable[[list[Run]], pd.DataFrame]) -> Callable[[list[Run]]
     return lambda runs: make(ended(runs)) if ended(runs) else pd.DataFrame()
 
 
-PICTURES = (
+PICTURES: tuple[Picture, ...] = (
+    Picture(
+        "time_by_rho",
+        "Time in the safe set against ρ",
+        plot_time_by_rho,
+        lambda runs: bool(len(doses(runs))),
+    ),
+    Picture(
+        "heat_map",
+        "Time in the safe set, by attack and defence",
+        plot_heat_map,
+        lambda runs: bool(len(ratio_table(runs))),
+    ),
     Picture("arms", "Does the policy stay in the safe set?", plot_arms, _has_arms),
     Picture(
         "survival",
@@ -89,7 +103,7 @@ PICTURES = (
     ),
 )
 """In reading order."""
-SHEETS = (
+SHEETS: tuple[Sheet, ...] = (
     Sheet(
         "arms",
         "Arms",

@@ -22,6 +22,8 @@ SKY, AMBER, BLACK = "#56b4e9", "#c78500", "#222222"
 CYCLE = (BLUE, VERMILION, GREEN, PURPLE, AMBER, SKY, BLACK)
 DASHES = ("-", "--", "-.", ":")
 """Line styles that tell arms apart once the colours are used up; more dots come after these."""
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+"""One each for :data:`CYCLE`, so that arms can be told apart without colours."""
 WRAP = 36
 """Characters on one line of an arm's name."""
 MOST_LABELS = 8
@@ -72,6 +74,15 @@ def axes(ax: Axes | None, width: float = 7.6, height: float = 4.6) -> Axes:
     figure = Figure(figsize=(width, height), facecolor="white")
     FigureCanvasAgg(figure)
     return figure.add_subplot()
+
+
+def panels(ax: Axes, count: int, columns: int, width: float, height: float) -> list[Axes]:
+    """``count`` small axes on ``ax``, row by row; they fill these shares of their places."""
+    ax.set_axis_off()
+    cell = 1 / -(-count // columns)
+    places = (divmod(i, columns) for i in range(count))
+    size = (width / columns, height * cell)
+    return [ax.inset_axes((j / columns, 1 - (i + 1) * cell, *size)) for i, j in places]
 
 
 def figure_of(ax: Axes) -> Figure:
