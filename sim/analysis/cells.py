@@ -17,6 +17,7 @@ from sim.analysis.arm_names import base_name, leaves
 from sim.analysis.load import Run, named
 from sim.analysis.paired import nested_rmst, nested_weights, with_interval
 from sim.analysis.plots import RHO
+from sim.analysis.retained import clean_twins, learning_retained
 from sim.analysis.survival import Estimate, exit_table, horizon_of
 
 CLEAN, BARE = "clean", "no defence"
@@ -43,10 +44,11 @@ def cells(
         Columns learner, defence, bare (what the cell without the defence is called), attack, rho,
         n, worlds, left (runs that exited), horizon (on the clock); value (share of the horizon, NaN
         where it is unknown), low, high (95 %, bootstrap over worlds, then runs; NaN below
-        ``MIN_SEEDS`` runs); and the shares ``asked`` and those of ``RHO``, the latter up to the
-        exit, means over runs.
+        ``MIN_SEEDS`` runs); retained and gain (learning retained, mean help gained); and the shares
+        ``asked`` and those of ``RHO``, the latter up to the exit, means over runs.
     """
     known = [run for run in runs if run.summary and not run.fork]
+    twins = clean_twins(known)
     rows = []
     for learner in dict.fromkeys(run.learner for run in known):
         members = [run for run in known if run.learner == learner]
@@ -68,12 +70,18 @@ def cells(
                     "left": int(part["event"].sum()),
                     "horizon": horizon,
                     **{k: getattr(found, k, None) for k in ("value", "low", "high")},
+                    "retained": learning_retained(group, twins),
+                    "gain": _mean(run.summary.get("help_gain") for run in group),
                     ASKED: labels[3],
                     **dict(zip(RHO, _shares(group), strict=True)),
                 }
             )
     table = pd.DataFrame(rows)
-    return table.astype(dict.fromkeys(("value", "low", "high"), float)) if rows else table
+    return (
+        table.astype(dict.fromkeys(("value", "low", "high", "retained", "gain"), float))
+        if rows
+        else table
+    )
 
 
 def _groups(runs: list[Run]) -> dict[tuple[str, str, str, float], list[Run]]:
@@ -93,8 +101,8 @@ def _groups(runs: list[Run]) -> dict[tuple[str, str, str, float], list[Run]]:
             schedule = [word for word in words if word.startswith("attack.")]
             rest = [word for word in words if not word.startswith("attack.")]
             defence = " + ".join(map(brief, run.config.get("defences", []))) or BARE
-            labels = [[defence, *rest], [BARE, *rest], [attack, *schedule]]
-            key = (*(" ".join(words) for words in labels), run.rho)
+            under = " ".join([attack, *schedule])
+            key = " ".join([defence, *rest]), " ".join([BARE, *rest]), under, run.rho
             groups.setdefault(key, []).append(run)
     return groups
 
@@ -136,3 +144,8 @@ def _shares(runs: list[Run]) -> np.ndarray:
     known = ~np.isnan(found)
     sums = np.where(known, found, 0).sum(0)
     return np.where(known.any(0), sums / np.maximum(known.sum(0), 1), np.nan)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -8,7 +8,7 @@ that no run left shows the horizon over the undefended mean, whatever it would h
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -163,7 +163,9 @@ def _name(panel: Axes, columns: list[tuple[str, float]], several: bool) -> None:
             word if attack == CLEAN else f"{attack} {word}"
             for word, (attack, _) in zip(words, columns, strict=True)
         ]
-    turn = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if several else {}
+    turn: dict[str, Any] = (
+        {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if several else {}
+    )
     panel.set_xticks(range(len(columns)), words, fontsize=8.5, **turn)
     panel.tick_params(length=0)
     for spine in panel.spines.values():

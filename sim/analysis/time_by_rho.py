@@ -29,8 +29,8 @@ APART, MOST_APART = 0.014, 0.1
 """Between defences at one rho, and between the first and last, as shares of the axis; else their
 intervals would cover each other."""
 MOST_LINES = 14
-WIDTH, HEIGHT, GAP, COLUMNS = 3.1, 2.7, 0.9, 3
-"""Inches of a panel's place, of a panel and of the space below it; panels side by side."""
+WIDTH, ALONE, HEIGHT, GAP, COLUMNS = 3.1, 5.4, 2.7, 0.9, 3
+"""Inches of a panel's place, of one alone, of its height and the space below; panels in a row."""
 TICKS = (0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1)
 
 
@@ -72,7 +72,9 @@ def plot_time_by_rho(
     apart = min(APART, MOST_APART / len(keys)) * np.sqrt(table[x].max())
     columns = min(COLUMNS, len(learners))
     rows = -(-len(learners) // columns)
-    ax = style.axes(ax, columns * WIDTH / 0.775, rows * (HEIGHT + GAP) / 0.77)
+    ax = style.axes(
+        ax, (columns * WIDTH if columns > 1 else ALONE) / 0.775, rows * (HEIGHT + GAP) / 0.77
+    )
     panels = style.panels(ax, len(learners), columns, 0.88, HEIGHT / (HEIGHT + GAP))
     for i, (panel, learner) in enumerate(zip(panels, learners, strict=True)):
         for number, key in enumerate(keys):
@@ -146,11 +148,11 @@ def _words(table: pd.DataFrame, measure: str, runs: list[Run]) -> str:
     inside = f"Restricted mean time to the confirmed exit, as a share of {rounds} rounds"
     occupied = "Share of a run that the policy was inside and fluent, also after an exit"
     bars = f"n = {n} runs a point, {worlds} world{'s' * (worlds > 1)}"
-    few = fewest < MIN_SEEDS
-    bars += f"; hollow: fewer than {MIN_SEEDS} runs, no bar" if few else ""
+    bars += f"; hollow: fewer than {MIN_SEEDS} runs, no bar" if fewest < MIN_SEEDS else ""
+    bars += "; bars: 95 %, bootstrap over worlds, then seeds" if most >= MIN_SEEDS else ""
     words = [
-        f"{inside if measure == 'inside' else occupied}. {bars}; bars: 95 %, bootstrap over "
-        "worlds, then seeds. Square-root scale of ρ; points at one ρ are set apart."
+        f"{inside if measure == 'inside' else occupied}. {bars}. "
+        "Square-root scale of ρ; points at one ρ are set apart."
     ]
     whole = table.loc[table["left"] == 0, "n"].max()
     if whole >= MIN_SEEDS:
