@@ -67,7 +67,8 @@ def plot_brackets(runs: Iterable[Run], ax: Axes | None = None, clock: str = "rou
         ax,
         "Line: Kaplan-Meier curve of the confirmed exit. Boxes: brackets (last certified safe, "
         "first certified unsafe] of the runs together (Turnbull): the curve falls somewhere in a "
-        "box, and is flat between boxes. "
+        "box and is flat between boxes. Runs that are not certified safe after a box may have left "
+        "in it. "
         f"n = {total} runs in {len(arms)} arms with a certified exit.{rest}",
     )
     return ax

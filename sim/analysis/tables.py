@@ -154,7 +154,6 @@ def arm_table(runs: Iterable[Run]) -> pd.DataFrame:
                 "standard error": inside.error if inside and inside.n >= MIN_SEEDS else None,
                 MEDIAN: in_words(median_exit(time, event)) if len(part) >= MIN_SEEDS else None,
                 **_against(exits, row["arm"], undefended.get(row["arm"]), horizon),
-                HOLM: None,
                 "harm at end": row["harm_end"],
                 "help gain": row["help_gain"],
                 "learning retained": row["learning_retained"],
@@ -181,12 +180,12 @@ def _against(exits: pd.DataFrame, arm: str, other: str | None, horizon: float) -
     """What ``arm`` has beyond ``other``: rounds inside with their interval, and both tests."""
     seeds = [set(exits.loc[exits["arm"] == name, "replicate"]) for name in (arm, other)]
     if len(seeds[0] & seeds[1]) < MIN_SEEDS:
-        return {AGAINST: None, EXCHANGE: None, P_VALUE: None}
+        return dict.fromkeys((AGAINST, EXCHANGE, HOLM, P_VALUE))
     more = compare(exits, arm, str(other), horizon)
     words = None
     if more.difference and more.difference.low is not None:
         words = in_words(more.difference, "+.1f")
-    return {AGAINST: words, EXCHANGE: more.p_value, P_VALUE: more.log_rank}
+    return {AGAINST: words, EXCHANGE: more.p_value, HOLM: None, P_VALUE: more.log_rank}
 
 
 def in_words(found: Estimate | None, form: str = "g") -> str | None:

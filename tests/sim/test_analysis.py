@@ -17,6 +17,7 @@ from matplotlib.text import Text
 
 from envs.collapse import Fluency
 from envs.monitor import CostMonitor
+from sim.analysis import arms as pictures_of_arms
 from sim.analysis.arm_names import arm_names, identity, replicate
 from sim.analysis.arms import plot_arms, plot_survival
 from sim.analysis.load import by_arm, load_run, load_runs
@@ -413,6 +414,17 @@ def test_many_arms_are_listed_with_their_values(many, plot):
     if plot is plot_survival:
         curves = [line for line in ax.lines if line.get_drawstyle() == "steps-post"]
         assert values == [1.0] * 9 and min(min(c.get_ydata()) for c in curves) >= 0.97 - 1e-9
+
+
+def test_of_too_many_arms_those_are_drawn_that_left_first(arms, monkeypatch):
+    runs = load_runs([arms])
+    monkeypatch.setattr(pictures_of_arms, "MOST_ARMS", 1)
+    curve, *_ = [line for line in plot_survival(runs).lines if line.get_linewidth() == 2.2]
+    assert min(curve.get_ydata()) == 0, "everybody left in the attacked arm"
+    assert "2 arms that left later or stayed" in drawn_text(plot_survival(runs))
+    (mean,) = [line for line in plot_arms(runs).lines if line.get_linewidth() > 2]
+    assert mean.get_ydata()[-1] > 0.5
+    assert "2 arms with less harm at the end" in drawn_text(plot_arms(runs))
 
 
 def test_survival_picture_says_n_and_draws_no_band_for_few_seeds(arms, tmp_path):
