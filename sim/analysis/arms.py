@@ -166,7 +166,7 @@ def plot_survival(runs: Iterable[Run], ax: Axes | None = None, clock: str = "rou
     later = f" {rest} arms that left later or stayed are not shown." if rest else ""
     counts = _counts(seeds, listed)
     band = f"bands need {MIN_SEEDS} seeds and are left out" if few else "bands: 95%, log-log"
-    band = "no bands, which would cover each other" if listed else band
+    band = "no bands, which would cover each other" if listed and not few else band
     odd = (table["cause"].isin(["collapsed", "diverged"]) & table["arm"].isin(arms)).sum()
     broken = f" {odd} run(s) collapsed or diverged." if odd else ""
     style.caption(

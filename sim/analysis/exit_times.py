@@ -121,8 +121,9 @@ def _row(ax: Axes, y: float, part: pd.DataFrame, median: Estimate | None) -> Non
         several = len(runs) > 1  # at one time: a larger mark, with their number
         ax.plot(at, high, mark, ms=8.5 if several else 5, mfc=face, mec=edge, mew=0.9, zorder=3)
         if several:
-            ink = "white" if exited else style.BLUE
-            shift = (0 if exited else -0.6, -0.3)
-            options: dict[str, Any] = {"textcoords": "offset points", "zorder": 4}
-            options |= {"ha": "center", "va": "center", "fontsize": 6, "color": ink}
+            options: dict[str, Any] = {"textcoords": "offset points", "zorder": 4, "va": "center"}
+            inside = {"ha": "center", "fontsize": 6, "color": "white"}
+            beside = {"ha": "left", "fontsize": 7, "color": style.BLUE}
+            shift = (0, -0.3) if exited else (5, -0.3)
+            options |= inside if exited else beside
             ax.annotate(str(len(runs)), (at, high), shift, **options)
