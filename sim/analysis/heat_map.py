@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 CELL, GAP, LINE, WIDEST = 0.86, 0.16, 0.235, 9.0
 """Inches of a cell's width, between learners, of a row, and of learners side by side."""
-STRONGEST = np.log(16)
+STRONGEST = np.log(8)
 """Log ratio from which on colours do not deepen."""
 
 

@@ -70,7 +70,7 @@ def plot_time_by_rho(
     found = {learner: lines(table[table["learner"] == learner]) for learner in learners}
     keys = list(dict.fromkeys(key for part in found.values() for key in part))[:MOST_LINES]
     apart = min(APART, MOST_APART / len(keys)) * np.sqrt(table[x].max())
-    columns = min(COLUMNS, len(learners))
+    columns = 2 if len(learners) == 4 else min(COLUMNS, len(learners))
     rows = -(-len(learners) // columns)
     ax = style.axes(
         ax, (columns * WIDTH if columns > 1 else ALONE) / 0.775, rows * (HEIGHT + GAP) / 0.77
@@ -115,6 +115,7 @@ def _finish(panel: Axes, table: pd.DataFrame, x: str) -> None:
         if not ticks or np.sqrt(value) - np.sqrt(ticks[-1]) > 0.085 * np.sqrt(top):
             ticks.append(value)
     panel.set_xticks(np.sqrt(ticks), [f"{value:g}".replace("0.", ".") for value in ticks])
+    panel.tick_params(axis="x", labelsize=8.5)
     panel.set_xticks(np.sqrt(values), minor=True)
     panel.set_xlim(-0.06 * np.sqrt(top), 1.06 * np.sqrt(top))
     panel.set(ylim=(-0.03, 1.05), yticks=(0, 0.25, 0.5, 0.75, 1))
