@@ -13,12 +13,19 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from sim.analysis.arms import plot_arms, plot_survival
+from sim.analysis.brackets import plot_brackets
 from sim.analysis.censored import cause_table
 from sim.analysis.exit_tables import CAUTIONS, dose_table, incidence_table, truth_table
+from sim.analysis.exit_times import clock_table, plot_exit_times, records, times
+from sim.analysis.frontier import frontier_table, plot_frontier
+from sim.analysis.heat_map import plot_heat_map, ratio_table
 from sim.analysis.incidence import ends_compete, plot_incidence
+from sim.analysis.limits import limit_table, plot_limits
 from sim.analysis.load import Run
 from sim.analysis.retained import UNKNOWN
+from sim.analysis.survival import MIN_SEEDS
 from sim.analysis.tables import FOUND, arm_table, branch_table, run_table
+from sim.analysis.time_by_rho import doses, plot_time_by_rho
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,7 +80,25 @@ def _of_ended(make: Callable[[list[Run]], pd.DataFrame]) -> Callable[[list[Run]]
     return lambda runs: make(ended(runs)) if ended(runs) else pd.DataFrame()
 
 
-PICTURES = (
+PICTURES: tuple[Picture, ...] = (
+    Picture(
+        "time_by_rho",
+        "Time in the safe set against ρ",
+        plot_time_by_rho,
+        lambda runs: bool(len(doses(runs))),
+    ),
+    Picture(
+        "heat_map",
+        "Time in the safe set, by attack and defence",
+        plot_heat_map,
+        lambda runs: bool(len(ratio_table(runs))),
+    ),
+    Picture(
+        "frontier",
+        "What safety costs: time in the safe set against learning",
+        plot_frontier,
+        lambda runs: bool(len(frontier_table(runs))),
+    ),
     Picture("arms", "Does the policy stay in the safe set?", plot_arms, _has_arms),
     Picture(
         "survival",
@@ -87,9 +112,27 @@ PICTURES = (
         lambda runs: plot_incidence(ended(runs)),
         _competes,
     ),
+    Picture(
+        "brackets",
+        "When did they leave? Confirmed and certified exits",
+        lambda runs: plot_brackets(ended(runs)),
+        lambda runs: any(run.summary.get("bracket") for run in runs),
+    ),
+    Picture(
+        "malicious_labels",
+        "Malicious labels to exit",
+        lambda runs: plot_exit_times(ended(runs)),
+        lambda runs: records(runs, "malicious_labels") and bool(len(times(ended(runs)))),
+    ),
+    Picture(
+        "limits",
+        "Who left, had the limit been another?",
+        plot_limits,
+        lambda runs: bool(len(limit_table(runs))),
+    ),
 )
 """In reading order."""
-SHEETS = (
+SHEETS: tuple[Sheet, ...] = (
     Sheet(
         "arms",
         "Arms",
@@ -101,6 +144,21 @@ SHEETS = (
     ),
     Sheet("incidence", "Ends that compete", _of_ended(incidence_table), CAUTIONS["ends"]),
     Sheet("dose", "Dose and response", _of_ended(dose_table), CAUTIONS["dose"]),
+    Sheet(
+        "clocks",
+        "Median exit by clock",
+        _of_ended(clock_table),
+        "Kaplan-Meier medians of the confirmed exit, with 95 % intervals (log-log) from "
+        f"{MIN_SEEDS} runs on; a dash where fewer than half left. Learners consume labels and take "
+        "steps at different rates in a round, so compare them on the clock that you pay for.",
+    ),
+    Sheet(
+        "limits",
+        "Exits by limit",
+        limit_table,
+        "Runs with a confirmed exit, had the limit on mean harm been b; each limit is tested at α "
+        "by itself. A dash: unknown, since a run was stopped at its exit.",
+    ),
     Sheet("truth", "Exits against the truth", _of_ended(truth_table), CAUTIONS["truth"]),
     Sheet(
         "branches",

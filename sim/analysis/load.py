@@ -73,6 +73,12 @@ class Run:
         return replicate(dict(leaves(self.config)))
 
     @property
+    def world(self) -> str:
+        """The world and its models, which replicates of other seeds may share."""
+        world = self.config.get("world", {})
+        return f"{world.get('seed', 0)}/{world.get('model_seed', 0)}"
+
+    @property
     def title(self) -> str:
         """The run in words: learner, arm, replicate."""
         arm, learner = self.arm or base_name(dict(leaves(self.config))), f"{self.learner}: "

@@ -13,14 +13,16 @@ from matplotlib.text import Text
 
 from envs.collapse import Fluency
 from envs.monitor import CostMonitor
+from sim.analysis import arms as pictures_of_arms
 from sim.analysis.arm_names import arm_names, identity, replicate
 from sim.analysis.arms import plot_arms, plot_survival
 from sim.analysis.load import by_arm, load_run, load_runs
+from sim.analysis.paired import log_rank, rmst_difference
 from sim.analysis.plots import RHO, plot_cost_trace, plot_reward_vs_harm, plot_rho
 from sim.analysis.report import write_report
 from sim.analysis.style import line_style, short_names
-from sim.analysis.survival import exit_table, kaplan_meier, log_rank, rmst, rmst_difference
-from sim.analysis.tables import AGAINST, arm_table, run_table
+from sim.analysis.survival import exit_table, kaplan_meier, rmst
+from sim.analysis.tables import AGAINST, EXCHANGE, HOLM, arm_table, run_table
 
 
 def write_run(
@@ -239,7 +241,7 @@ def test_exit_table_censors_runs_that_stay_inside(arms):
     exited = table.loc[("harmful_asker ρ=0.25", "seed 0")]
     summary = load_run(arms / "attacked-0").summary
     assert exited["event"] and exited["time"] == summary["exit_confirmed"]["labels"]
-    assert [exited["left"], exited["right"]] == summary["bracket"]
+    assert [exited["left"], exited["right"]] == [64 * r for r in summary["bracket"]]
     inside = table.loc[("clean", "seed 1")]
     assert not inside["event"] and inside["time"] == 64 * 20 and np.isinf(inside["right"])
 
@@ -287,7 +289,7 @@ def test_kaplan_meier_by_hand():
 
 def table_of(times: dict[str, list[float]], horizon: float) -> pd.DataFrame:
     rows = [
-        {"arm": arm, "replicate": seed, "time": time, "event": time < horizon}
+        {"arm": arm, "replicate": seed, "world": 0, "time": time, "event": time < horizon}
         for arm, members in times.items()
         for seed, time in enumerate(members)
     ]
@@ -410,6 +412,17 @@ def test_many_arms_are_listed_with_their_values(many, plot):
         assert values == [1.0] * 9 and min(min(c.get_ydata()) for c in curves) >= 0.97 - 1e-9
 
 
+def test_of_too_many_arms_those_are_drawn_that_left_first(arms, monkeypatch):
+    runs = load_runs([arms])
+    monkeypatch.setattr(pictures_of_arms, "MOST_ARMS", 1)
+    curve, *_ = [line for line in plot_survival(runs).lines if line.get_linewidth() == 2.2]
+    assert min(curve.get_ydata()) == 0, "everybody left in the attacked arm"
+    assert "2 arms that left later or stayed" in drawn_text(plot_survival(runs))
+    (mean,) = [line for line in plot_arms(runs).lines if line.get_linewidth() > 2]
+    assert mean.get_ydata()[-1] > 0.5
+    assert "2 arms with less harm at the end" in drawn_text(plot_arms(runs))
+
+
 def test_survival_picture_says_n_and_draws_no_band_for_few_seeds(arms, tmp_path):
     few = plot_survival(load_runs([arms]))
     assert "n = 2 per arm" in drawn_text(few) and "bands need 4 seeds" in drawn_text(few)
@@ -467,6 +480,12 @@ def test_a_defended_arm_is_compared_with_its_undefended_one(arms, tmp_path):
     assert table[AGAINST].isna().tolist() == [True, False, True]
     assert table[AGAINST][1].startswith(f"{20 - np.mean(left):+.1f} [+")
     assert table["log-rank p"][1] < 0.05
+    assert table[EXCHANGE][1] == 2 / 16 and table[HOLM].isna().tolist() == [True, False, True]
+    for seed in range(4):  # a second comparison: the smaller p-value counts twice
+        write_run(tmp_path / f"lisa-{seed}", 0.25, seed, 6.0 + 3 * seed, ("lisa",))
+    table = arm_table(load_runs([tmp_path])).set_index("arm")
+    p, adjusted = (table[name].dropna().to_numpy() for name in (EXCHANGE, HOLM))
+    assert p.min() == 2 / 16 and adjusted.tolist() == [2 * p.min(), max(2 * p.min(), p.max())]
 
 
 def diverge(path: Path, at: int) -> Path:
