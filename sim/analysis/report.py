@@ -21,8 +21,6 @@ from sim.analysis.load import Run, by_arm, load_runs
 from sim.analysis.page_tables import write_tables
 from sim.analysis.plots import plot_cost_trace, plot_reward_vs_harm, plot_rho
 
-LINES, MOST_ARMS = {"arms", "survival"}, 28
-"""Pictures with a line an arm, and how many arms can be told apart in them."""
 ANSWER = Sheet(
     "answer",
     "By attack and defence",
@@ -113,11 +111,8 @@ def _shortest(given: Sequence[Path]) -> list[Path]:
 
 def _pictures(runs: list[Run], folder: Path, line: list[str]) -> tuple[list[str], list[Path]]:
     """Every picture that the runs support, as markup and as files."""
-    arms = len(by_arm(runs))
     shown, files = [], []
     for picture in PICTURES if len(runs) > 1 else ALONE:
-        if picture.name in LINES and arms > MOST_ARMS:
-            continue
         if not picture.supports(runs):
             continue
         ax = picture.draw(runs)
@@ -140,11 +135,7 @@ def _document(
     title = alone.title if alone else f"{len(runs)} runs, {arms} arms"
     parts = [("answer", "The answer", _answer(runs, sheets))]
     if figures:
-        many = arms > MOST_ARMS
-        remark = f"{arms} arms are too many for pictures with a line each: see Arms at a glance."
-        parts.append(
-            ("pictures", "Pictures", (pages.quiet(remark) if many else "") + "".join(figures))
-        )
+        parts.append(("pictures", "Pictures", "".join(figures)))
     if not alone:
         parts.append(("glance", "Arms at a glance", _GLANCE))
     tables = "".join(
