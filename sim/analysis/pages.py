@@ -120,7 +120,7 @@ def _plain(value: object) -> str:
     return f"{value:.2f}" if isinstance(value, float) else escape(str(value))
 
 
-def figure(name: str, title: str, image: bytes, words: str, line: str, fixed: bool) -> str:
+def figure(name: str, title: str, image: bytes, words: str, line: str) -> str:
     """An SVG, embedded on a card, with the command that draws it anew.
 
     Args:
@@ -129,14 +129,12 @@ def figure(name: str, title: str, image: bytes, words: str, line: str, fixed: bo
         image: the SVG.
         words: what it shows, for those who do not see it.
         line: the command.
-        fixed: whether a dark page leaves its colours alone.
     """
     data = base64.b64encode(image).decode()
-    kind = "picture fixed" if fixed else "picture"
     return (
         f'<figure id="figure-{name}"><h3 class="unseen">{escape(title)}</h3>'
         '<div class="card" tabindex="0">'
-        f'<img class="{kind}" src="data:image/svg+xml;base64,{data}" '
+        f'<img class="picture" src="data:image/svg+xml;base64,{data}" '
         f'alt="{escape(f"{title}. {words}")}"></div>'
         f"<figcaption>{command(line)}</figcaption></figure>"
     )

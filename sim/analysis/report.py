@@ -117,8 +117,8 @@ def _pictures(runs: list[Run], folder: Path, line: list[str]) -> tuple[list[str]
             continue
         ax = picture.draw(runs)
         anew = shlex.join([*line, "--figure", picture.name, "--out", f"{picture.name}.svg"])
-        words, fixed = vector.words_under(ax), vector.colour_is_data(ax)
-        shown.append(pages.figure(picture.name, picture.title, vector.svg(ax), words, anew, fixed))
+        words = vector.words_under(ax)
+        shown.append(pages.figure(picture.name, picture.title, vector.svg(ax), words, anew))
         files.append(style.save(ax, folder / f"{picture.name}.png"))
     return shown, files
 

@@ -31,14 +31,6 @@ def words_under(ax: Axes) -> str:
     return " ".join(" ".join(text.get_text().split()) for text in captions)
 
 
-def colour_is_data(ax: Axes) -> bool:
-    """Whether a colour scale says something, so that a dark page may not exchange colours."""
-    from matplotlib.collections import QuadMesh
-    from matplotlib.image import AxesImage
-
-    return bool(style.figure_of(ax).findobj(lambda a: isinstance(a, QuadMesh | AxesImage)))
-
-
 def write(ax: Axes, path: Path) -> Path:
     """Write the figure of ``ax`` in the format that ``path`` ends with.
 

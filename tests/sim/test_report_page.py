@@ -298,12 +298,15 @@ def test_both_colours_at_both_widths(browser, page, scheme, width, place):
     paper = "return getComputedStyle(document.body).backgroundColor"
     shades = {"light": "rgb(255, 255, 255)", "dark": "rgb(22, 25, 29)"}
     assert browser.execute_script(paper) == shades[scheme]
-    first = "return document.querySelector('img.picture:not(.fixed)').src"
+    first = "return document.querySelector('#figure-arms img').src"
     before = browser.execute_script(first)
     browser.find_element("id", "theme").click()
     other = {"light": "dark", "dark": "light"}[scheme]
     assert browser.execute_script(paper) == shades[other]
     assert browser.execute_script(first) != before
+    # A colour scale keeps its colours.
+    scales = "document.querySelectorAll('#figure-heat_map img.fixed').length"
+    assert browser.execute_script(f"return {scales}") == 1
     assert browser.get_log("browser") == []
 
 

@@ -11,21 +11,27 @@ function node(tag, className, ...children) {
 }
 
 // Light and dark. Pictures are drawn once, for light; on dark their greys and hues are exchanged.
+// One with other colours than these, where a scale says something, stays on a white card instead.
 const EXCHANGED = {
   "#222222": "#e6e8eb", "#5f5f5f": "#a2aab5", "#d9d9d9": "#454b55", "#000000": "#e6e8eb",
   "#ffffff": "#16191d", "#0072b2": "#6cb8ee", "#d55e00": "#ff9a57", "#009e73": "#4ccba4",
   "#b4619a": "#e09aca", "#c78500": "#e5b04a", "#bbbbbb": "#6b727c", "#808080": "#8d959f",
+  "#56b4e9": "#9ad4f7", "#b0b0b0": "#59606a",
 };
 const KIND = "data:image/svg+xml;base64,";
-const pictures = [...document.querySelectorAll("img.picture:not(.fixed)")]
+const pictures = [...document.querySelectorAll("img.picture")]
   .map((image) => ({ image, light: image.src, dark: null }));
 
-function darkened(source) {
+function darkened(picture) {
+  const drawn = atob(picture.light.slice(KIND.length));
+  const hues = drawn.match(/#[0-9a-f]{6}\b/gi) || [];
+  if (hues.some((hue) => !(hue.toLowerCase() in EXCHANGED))) {
+    picture.image.classList.add("fixed");
+    return picture.light;
+  }
   // Paths without a fill of their own are black, which on dark is the ink.
-  const text = atob(source.slice(KIND.length))
-    .replace(/#[0-9a-f]{6}\b/gi, (hue) => EXCHANGED[hue.toLowerCase()] || hue)
-    .replace("<svg ", '<svg fill="#e6e8eb" ');
-  return KIND + btoa(text);
+  return KIND + btoa(drawn.replace(/#[0-9a-f]{6}\b/gi, (hue) => EXCHANGED[hue.toLowerCase()])
+    .replace("<svg ", '<svg fill="#e6e8eb" '));
 }
 
 function show(theme) {
@@ -33,7 +39,7 @@ function show(theme) {
   byId("theme").textContent = theme === "dark" ? "light" : "dark";
   byId("theme").setAttribute("aria-label", "switch to " + byId("theme").textContent + " colours");
   for (const picture of pictures) {
-    if (theme === "dark" && !picture.dark) picture.dark = darkened(picture.light);
+    if (theme === "dark" && !picture.dark) picture.dark = darkened(picture);
     picture.image.src = theme === "dark" ? picture.dark : picture.light;
   }
 }
