@@ -14,7 +14,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 USAGE = """\
@@ -28,7 +27,7 @@ commands:
   sweep [PRESET] [--rho 0 .1] ... experiments over lists of values, in parallel
   resume DIR [--rounds N]         continue a stopped run, or extend a finished one
   fork RUN --at N [--defence X]   continue a run from a round under something else
-  report DIR ...                  pictures and pages from run directories
+  report DIR ...                  one page from run directories: report.html
   export RUN --format NAME        its comparisons as a data set for TRL's trainers
   defend --defence NAME --out DIR build a model defended before its release, and save it
   score DEFENCE                   contract, paired arms and adaptive attackers, on one card
@@ -59,7 +58,7 @@ COMMANDS = {
     "sweep": ("sim.sweep_command", "command"),
     "resume": ("sim.run_command", "resume"),
     "fork": ("sim.fork.command", "fork"),
-    "report": ("sim.cli", "report"),
+    "report": ("sim.report_command", "report"),
     "export": ("sim.export_command", "export"),
     "battery": ("sim.battery.command", "command"),
     "defend": ("sim.defend_command", "defend"),
@@ -191,22 +190,6 @@ def _lies_on_hub(data: str) -> bool:
         return any(part.path is None for part in parts(data))
     except UsageError:
         return False
-
-
-def report(words: list[str]) -> int:
-    """``poisonloop report DIR...``."""
-    parser = parser_of("report", "Pictures and pages from run directories, or folders of them.")
-    parser.add_argument("dirs", nargs="+", type=Path, metavar="DIR", help="run directories")
-    parser.add_argument("--out", type=Path, help="default: the run itself, or runs/report")
-    asked = parser.parse_args(words)
-    from sim.analysis.load import load_runs
-    from sim.analysis.report import write_report
-
-    runs = [run.path for run in load_runs(asked.dirs)]
-    alone = asked.dirs[0] if len(asked.dirs) == 1 else Path("runs/report")
-    for path in write_report(runs, asked.out or alone):
-        print(path)
-    return 0
 
 
 class _Parser(argparse.ArgumentParser):

@@ -172,8 +172,8 @@ def _finish(table: dict[str, Any], out: Path) -> int:
     print(f"Table:    {out / 'table.csv'}, {out / 'table.json'}")
     if done:
         files = write_report(done, out)
-        shown = [str(path) for path in files if path.name in ("arms.png", "survival.png")]
-        print(f"Pictures: {', '.join(shown or map(str, files[1:3]))}")
+        drawn = [str(path) for path in files if path.suffix == ".png"]
+        print(f"Pictures: {', '.join(drawn[:3])}")
         print(f"Report:   {files[0]}")
     failed = [run for run in table["runs"] if run["failure"]]
     for run in failed:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 DODGE, MOST_DODGE = 0.012, 0.03
 """Vertical shift between arms, so that curves that coincide can all be seen, and its bound."""
+MOST_ARMS = 24
+"""Most arms that curves are drawn of; of more those that left earliest, or end most harmful."""
 CLOCKS = {
     "rounds": "round",
     "labels": "labels consumed",
@@ -32,18 +34,21 @@ CLOCKS = {
 def plot_arms(runs: Iterable[Run], ax: Axes | None = None) -> Axes:
     """Harm over time by arm: mean over seeds thick, each seed thin, limit dashed.
 
-    A fork begins at its round, on its parent's line.
+    A fork begins at its round, on its parent's line. Of more than ``MOST_ARMS`` arms those with
+    most harm at the end are drawn.
 
     Raises:
         ValueError: the runs have different limits.
     """
-    arms = by_arm(runs)
+    every = by_arm(runs)
+    limits = sorted({run.limit for members in every.values() for run in members})
+    if len(limits) > 1:
+        raise UsageError(f"cost_limit: runs differ ({limits}); allowed: one limit in one picture")
+    kept = _first(every, {arm: -_last_harm(members) for arm, members in every.items()})
+    arms = {arm: every[arm] for arm in kept}
     names = style.short_names(arms)
     listed = _listed(names)
     ax = style.axes(ax, 8.2, 6.4 if listed else 4.6)
-    limits = sorted({run.limit for members in arms.values() for run in members})
-    if len(limits) > 1:
-        raise UsageError(f"cost_limit: runs differ ({limits}); allowed: one limit in one picture")
     ends = []
     for i, members in enumerate(arms.values()):
         colour, dash = style.line_style(i)
@@ -73,8 +78,22 @@ def plot_arms(runs: Iterable[Run], ax: Axes | None = None) -> Axes:
     left = any(run.fork for members in arms.values() for run in members)
     branches = " A fork begins where it left its parent's line." if left else ""
     words = f"Thick: mean while all seeds go on; thin: single seeds ({counts}).{branches}"
+    if more := len(every) - len(arms):
+        words += f" {more} arms with less harm at the end are not shown."
     style.caption(ax, words)
     return ax
+
+
+def _first(arms: Iterable[str], rank: dict[str, float]) -> list[str]:
+    """``MOST_ARMS`` arms of least rank, in their order."""
+    arms = list(arms)
+    chosen = sorted(arms, key=lambda arm: rank[arm])[:MOST_ARMS]
+    return [arm for arm in arms if arm in chosen]
+
+
+def _last_harm(runs: list[Run]) -> float:
+    last = [run.own_evaluations["safety/harm"].astype(float).iloc[-1:] for run in runs]
+    return float(np.nan_to_num(pd.concat(last).mean()))
 
 
 def _listed(names: dict[str, str]) -> bool:
@@ -95,10 +114,17 @@ def _name_lines(
 
 @style.styled
 def plot_survival(runs: Iterable[Run], ax: Axes | None = None, clock: str = "rounds") -> Axes:
-    """Kaplan-Meier curves of the confirmed exit by arm, censoring marked, numbers at risk below."""
+    """Kaplan-Meier curves of the confirmed exit by arm, censoring marked, numbers at risk below.
+
+    Of more than ``MOST_ARMS`` arms those that left earliest are drawn; of more arms than can be
+    named at their lines no bands are.
+    """
     table = exit_table(runs, clock)
     horizon = max(1.0, table["time"].max())
-    arms = list(dict.fromkeys(table["arm"]))
+    every = list(dict.fromkeys(table["arm"]))
+    # Of what ended early without an exit nobody knows that it left.
+    known = table["time"].where(table["event"], horizon)
+    arms = _first(every, known.groupby(table["arm"]).mean().to_dict())
     names = style.short_names(arms)
     listed = _listed(names)
     ax = style.axes(ax, 8.2, 4.2)
@@ -110,7 +136,7 @@ def plot_survival(runs: Iterable[Run], ax: Axes | None = None, clock: str = "rou
         curve = kaplan_meier(part["time"].to_numpy(), part["event"].to_numpy())
         shifted = curve["survival"] - dodge * i
         ax.step(curve["time"], shifted, ls=dash, where="post", color=colour, lw=2.2)
-        if len(part) >= MIN_SEEDS and part["event"].any():
+        if len(part) >= MIN_SEEDS and part["event"].any() and not listed:
             ax.fill_between(
                 curve["time"], curve["lower"], curve["upper"], step="post",
                 color=colour, alpha=0.13, lw=0,
@@ -137,14 +163,17 @@ def plot_survival(runs: Iterable[Run], ax: Axes | None = None, clock: str = "rou
     ax.set_title("Time in the safe set until a confirmed exit")
     seeds = {names[arm]: int((table["arm"] == arm).sum()) for arm in arms}
     few = min(seeds.values()) < MIN_SEEDS
+    rest = len(every) - len(arms)
+    later = f" {rest} arms that left later or stayed are not shown." if rest else ""
     counts = _counts(seeds, listed)
     band = f"bands need {MIN_SEEDS} seeds and are left out" if few else "bands: 95%, log-log"
-    odd = (table["cause"].isin(["collapsed", "diverged"])).sum()
+    band = "no bands, which would cover each other" if listed and not few else band
+    odd = (table["cause"].isin(["collapsed", "diverged"]) & table["arm"].isin(arms)).sum()
     broken = f" {odd} run(s) collapsed or diverged." if odd else ""
     style.caption(
         ax,
         f"Kaplan-Meier, arms shifted by up to {MOST_DODGE:g} to be seen apart; a curve ends with "
-        f"its last run; tick: run ended inside (censored). {counts}; {band}.{broken}",
+        f"its last run; tick: run ended inside (censored). {counts}; {band}.{broken}{later}",
         below=58 + step * len(arms),
     )
     return ax

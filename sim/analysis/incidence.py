@@ -60,14 +60,10 @@ def plot_incidence(runs: Iterable[Run], ax: Axes | None = None, clock: str = "ro
     rows = -(-len(arms) // COLUMNS)
     head = LINE * lines
     ax = style.axes(ax, 8.8, rows * (PANEL + head + 0.3) / 0.77)  # .77: share inside the margins
-    ax.set_axis_off()
     horizon = max(1.0, ends["time"].max())
-    cell = 1 / rows
-    for i, arm in enumerate(arms):
-        row, column = divmod(i, COLUMNS)
-        corner = (column / COLUMNS, 1 - (row + 1) * cell)
-        size = (0.86 / COLUMNS, cell * PANEL / (PANEL + head + 0.3))
-        panel = ax.inset_axes((*corner, *size))
+    panels = style.panels(ax, len(arms), COLUMNS, 0.86, PANEL / (PANEL + head + 0.3))
+    for i, (arm, panel) in enumerate(zip(arms, panels, strict=True)):
+        column = i % COLUMNS
         part = ends[ends["arm"] == arm]
         _stack(panel, by_cause(part), horizon)
         panel.set_title(f"{names[arm]}\nn = {len(part)}", fontsize=8.5, fontweight="normal")

@@ -77,6 +77,12 @@ class Run:
         return replicate(dict(leaves(self.config)))
 
     @property
+    def world(self) -> str:
+        """The world and its models, which replicates of other seeds may share."""
+        world = self.config.get("world", {})
+        return f"{world.get('seed', 0)}/{world.get('model_seed', 0)}"
+
+    @property
     def title(self) -> str:
         """The run in words: learner, arm, replicate."""
         arm, learner = self.arm or base_name(dict(leaves(self.config))), f"{self.learner}: "
@@ -132,12 +138,18 @@ class Run:
         Raises:
             ValueError: a part is damaged or gone.
         """
-        import pyarrow.parquet as pq
-
         Record(self.path).check(f"{name}/")
-        parts = sorted((self.path / name).glob("part-*.parquet"))
-        frames = [pq.read_table(part).to_pandas() for part in parts]
-        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+        return read_parts(sorted((self.path / name).glob("part-*.parquet")))
+
+
+def read_parts(parts: Iterable[Path]) -> pd.DataFrame:
+    """Join parts of a table; empty if there are none."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    # Parts are small: what opening one costs is what counts, and threads cost more than they save.
+    tables = [pq.ParquetFile(part, pre_buffer=False).read(use_threads=False) for part in parts]
+    return pa.concat_tables(tables).to_pandas() if tables else pd.DataFrame()
 
 
 def _origin(fork: dict[str, Any]) -> dict[str, Any]:

@@ -1,166 +1,223 @@
-"""Reports: pictures, a page of tables and pictures, a page of what was actually said.
+"""Reports: one page with the answer, every table and picture, every run and what was said.
 
 Everything is read from run directories, and nothing that a run names is imported, so a report on
-somebody else's run is safe to make. The pages open from disk, without a network.
+somebody else's run is safe to make. The page opens from disk, without a network; pictures lie
+beside it as PNG, tables as CSV and Parquet.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
 import pandas as pd
 
 from envs.usage import UsageError
-from sim.analysis import pages, style
-from sim.analysis.arms import plot_arms, plot_survival
-from sim.analysis.exit_tables import CAUTIONS, dose_table, incidence_table, truth_table
-from sim.analysis.incidence import plot_incidence
+from sim.analysis import headline, page_data, pages, samples, style, vector
+from sim.analysis.gallery import PICTURES, SHEETS, Picture, Sheet
 from sim.analysis.load import Run, by_arm, load_runs
+from sim.analysis.page_tables import write_tables
 from sim.analysis.plots import plot_cost_trace, plot_reward_vs_harm, plot_rho
-from sim.analysis.retained import UNKNOWN
-from sim.analysis.tables import FOUND, arm_table, branch_table, run_table
 
-MEANING = {
-    "safe": "The policy stayed in the safe set.",
-    "exited": "The policy left the safe set.",
-    "collapsed": "The policy broke down: its text or its helpfulness was lost.",
-    "diverged": "Training produced a number that is not finite.",
-    "unfinished": "The run has not ended.",
-}
-BRANCHES = (
-    "A fork has its parent's rounds up to the one named, and its own after it. Clocks and exits "
-    "count from the parent's beginning: an exit before the fork is one of both."
+ANSWER = Sheet(
+    "answer",
+    "By attack and defence",
+    headline.answer_table,
+    "Finished runs, pooled over learners, worlds and whatever else differs; forks are left out. "
+    "Shares: Clopper-Pearson.",
 )
-NO_MEAN = (
-    "No restricted mean where every run of an arm ended early, without an exit: nobody knows how "
-    "long the policy would have stayed inside."
-)
-DISCOVERED = (
-    f"“{FOUND}”: some policy of the arm left the safe set; of the arms with a yes, that rate are "
-    "wrong on average at most, however many arms are looked at (e-BH on the arms' mean e-values)."
-)
-PICTURES = {
-    "cost_trace": plot_cost_trace,
-    "reward_vs_harm": plot_reward_vs_harm,
-    "rho": plot_rho,
-}
 
 
-def write_report(run_dirs: Iterable[Path | str], out: Path | str | None = None) -> list[Path]:
-    """Write figures, ``samples.html`` and ``report.html``.
+ALONE = (
+    Picture("cost_trace", "Harm over rounds", lambda runs: plot_cost_trace(runs[0]), bool),
+    Picture("reward_vs_harm", "Reward and harm", lambda runs: plot_reward_vs_harm(runs[0]), bool),
+    Picture("rho", "Five meanings of ρ", lambda runs: plot_rho(runs[0]), bool),
+)
+"""Pictures of a run by itself."""
+
+
+def write_report(
+    run_dirs: Iterable[Path | str], out: Path | str | None = None, tables: Path | None = None
+) -> list[Path]:
+    """Write a page with its pictures and tables.
 
     Args:
         run_dirs: run directories, or directories of them.
-        out: where to; a single run's own directory by default.
+        out: the page (``.html``), or a folder for it; a single run's own directory by default.
+        tables: folder for the tables; ``tables`` beside the page by default.
 
     Returns:
-        The files written, ``report.html`` first.
+        The files written, the page first, then pictures, then tables.
 
     Raises:
         ValueError: no run, an unreadable run, or several runs without ``out``.
     """
-    runs = load_runs(run_dirs)
+    given = [Path(path) for path in run_dirs]
+    runs = load_runs(given)
     if out is None and len(runs) > 1:
-        raise UsageError(f"out=None with {len(runs)} runs; allowed: a directory for their report")
+        raise UsageError(f"out=None with {len(runs)} runs; allowed: a place for their report")
     out = runs[0].path if out is None else Path(out)
-    sections, written = _one(runs[0], out) if len(runs) == 1 else _several(runs, out)
-    title = runs[0].title if len(runs) == 1 else f"{len(runs)} runs, {len(by_arm(runs))} arms"
-    samples = [_said(run, since=run.began if len(runs) > 1 else 0) for run in runs]
-    said = pd.concat(samples, ignore_index=True)
-    if len(said):
-        path = out / "samples.html"
-        path.write_text(pages.samples_page(f"Samples: {title}", said), encoding="utf-8")
-        written.append(path)
-        sections.insert(1, '<p><a href="samples.html">What was actually said, by round</a></p>')
-    report = out / "report.html"
-    body = f"<h1>{escape(title)}</h1>" + "\n".join(sections)
-    report.write_text(pages.page(title, body), encoding="utf-8")
-    return [report, *written]
+    page = out if out.suffix == ".html" else out / "report.html"
+    if page.is_dir():
+        raise UsageError(f"out={str(page)!r} is a folder; allowed: a file to write the page to")
+    runs = [run for members in by_arm(runs).values() for run in members]
+    several = len(runs) > 1
+    line = ["poisonloop", "report", *map(str, _shortest(given))]
+    figures, drawn = _pictures(runs, page.parent / "figures", line)
+    asked = [sheet for sheet in (ANSWER, *SHEETS) if several or sheet.name == "runs"]
+    sheets = {sheet: sheet.make(runs) for sheet in asked}
+    sheets = {sheet: frame for sheet, frame in sheets.items() if len(frame)}
+    said = samples.collect(runs, several)
+    document = _document(runs, figures, sheets, said, line)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(document, encoding="utf-8")
+    folder = page.parent / "tables" if tables is None else Path(tables)
+    frames = {sheet.name: frame for sheet, frame in sheets.items()}
+    return [page, *drawn, *write_tables(runs, frames, folder)]
 
 
-def _said(run: Run, since: int) -> pd.DataFrame:
-    """The samples of ``run`` after round ``since``."""
-    samples = run.table("samples").assign(run=run.title)
-    return samples[samples["round"] >= since] if len(samples) else samples  # counted from 0
+def write_figure(run_dirs: Iterable[Path | str], name: str, out: Path) -> Path:
+    """Draw one picture of a report by its name.
+
+    Raises:
+        ValueError: no such picture, runs that do not support it, or an unknown format.
+    """
+    runs = load_runs(run_dirs)
+    known = {picture.name: picture for picture in (*ALONE, *PICTURES)}
+    if name not in known:
+        raise UsageError(f"--figure {name}; allowed: {', '.join(known)}")
+    picture = known[name]
+    if picture in ALONE and len(runs) > 1:
+        raise UsageError(f"--figure {name} with {len(runs)} runs; allowed: one run directory")
+    if not picture.supports(runs):
+        raise UsageError(f"--figure {name}: these runs have nothing to show in it")
+    return vector.write(picture.draw(runs), out)
 
 
-def _one(run: Run, out: Path) -> tuple[list[str], list[Path]]:
-    outcome = run.summary.get("outcome", "unfinished")
-    figures = _draw(run, out / "figures")
-    return [
-        f"<p>{MEANING[outcome]} Limit on mean harm: {run.limit:g}.</p>",
-        pages.table(run_table([run])),
-        *(pages.image(path, f"{path.stem} of {run.title}") for path in figures),
-        _settings(run),
-    ], figures
+def _shortest(given: Sequence[Path]) -> list[Path]:
+    """The same runs by fewer names: a folder in place of all the runs that lie in it."""
+    lying: dict[Path, list[Path]] = {}
+    for path in given:
+        lying.setdefault(path.parent, []).append(path)
+    names: list[Path] = []
+    for parent, paths in lying.items():
+        found = (path.parent for path in parent.glob("*/manifest.json"))
+        inside = {path for path in found if not path.name.startswith(".")}
+        names += [parent] if len(paths) > 1 and inside == set(paths) else paths
+    return names
 
 
-def _several(runs: list[Run], out: Path) -> tuple[list[str], list[Path]]:
-    ended = [run for run in runs if run.summary]
-    figures = [style.save(plot_arms(runs), out / "figures" / "arms.png")]
-    sections = [f"<p>{len(runs) - len(ended)} of {len(runs)} runs have not ended.</p>"]
-    if len(ended) == len(runs):
-        sections = ["<p>Means over the seeds of each arm.</p>"]
-    if ended:
-        figures.append(style.save(plot_survival(ended), out / "figures" / "survival.png"))
-        arms = arm_table(ended)
-        sections.append(pages.table(arms))
-        inside = next(name for name in arms if str(name).startswith("rounds inside"))
-        if arms[inside].isna().any():
-            sections.append(_quiet(NO_MEAN))
-        if arms["learning retained"].isna().any():
-            sections.append(_quiet(UNKNOWN))
-        if any(str(name).startswith(FOUND) for name in arms):
-            sections.append(_quiet(DISCOVERED))
-    sections += [pages.image(path, path.stem) for path in figures]
-    if ended:
-        more, drawn = _exits(ended, out / "figures")
-        sections += more
-        figures += drawn
-    if any(run.fork for run in runs):
-        sections += ["<h2>Branches</h2>", _quiet(BRANCHES)]
-        sections.append(pages.table(branch_table(runs)))
-    sections += ["<h2>Every run</h2>", pages.table(run_table(runs))]
-    sections.append("<h2>One run of each arm</h2>")
-    for number, (arm, members) in enumerate(by_arm(runs).items(), 1):
-        drawn = _draw(members[0], out / "figures", f"arm{number}_")
-        images = "".join(pages.image(path, f"{path.stem}, {arm}") for path in drawn)
-        sections.append(f"<details><summary>{escape(arm)}</summary>{images}</details>")
-        figures += drawn
-    return sections, figures
+def _pictures(runs: list[Run], folder: Path, line: list[str]) -> tuple[list[str], list[Path]]:
+    """Every picture that the runs support, as markup and as files."""
+    shown, files = [], []
+    for picture in PICTURES if len(runs) > 1 else ALONE:
+        if not picture.supports(runs):
+            continue
+        ax = picture.draw(runs)
+        anew = shlex.join([*line, "--figure", picture.name, "--out", f"{picture.name}.svg"])
+        words = vector.words_under(ax)
+        shown.append(pages.figure(picture.name, picture.title, vector.svg(ax), words, anew))
+        files.append(style.save(ax, folder / f"{picture.name}.png"))
+    return shown, files
 
 
-def _exits(ended: list[Run], folder: Path) -> tuple[list[str], list[Path]]:
-    """What is known of exits over all arms: ends that compete, dose-response, errors."""
-    sections, figures = [], []
-    ends = incidence_table(ended)
-    if len(ends):
-        figures = [style.save(plot_incidence(ended), folder / "incidence.png")]
-        sections = ["<h2>Ends that compete</h2>", pages.image(figures[0], figures[0].stem)]
-        sections += [pages.table(ends), _quiet(CAUTIONS["ends"])]
-    doses = dose_table(ended)
-    if len(doses):
-        sections += ["<h2>Dose and response</h2>", pages.table(doses), _quiet(CAUTIONS["dose"])]
-    errors = truth_table(ended)
-    if len(errors):
-        sections += ["<h2>Exits against the truth</h2>", pages.table(errors)]
-        sections.append(_quiet(CAUTIONS["truth"]))
-    return sections, figures
+def _document(
+    runs: list[Run],
+    figures: list[str],
+    sheets: dict[Sheet, pd.DataFrame],
+    said: samples.Samples,
+    line: list[str],
+) -> str:
+    arms = len(by_arm(runs))
+    alone = runs[0] if len(runs) == 1 else None
+    title = alone.title if alone else f"{len(runs)} runs, {arms} arms"
+    parts = [("answer", "The answer", _answer(runs, sheets))]
+    if figures:
+        parts.append(("pictures", "Pictures", "".join(figures)))
+    if not alone:
+        parts.append(("glance", "Arms at a glance", _GLANCE))
+    tables = "".join(
+        _sheet(sheet, frame)
+        for sheet, frame in sheets.items()
+        if sheet.name not in ("answer", "runs")
+    )
+    if tables:
+        parts.append(("tables", "Tables", tables))
+    if len(said.rows):
+        parts.append(("samples", "What was said", _samples(said)))
+    every = [sheet for sheet in sheets if sheet.name == "runs"]
+    parts += [("runs", "Every run", _sheet(sheet, sheets[sheet], runs)) for sheet in every]
+    parts.append(("again", "How to make it again", _again(runs, line)))
+    body = (
+        f'<header><h1>{escape(title)}</h1><button type="button" id="theme">dark</button></header>'
+        f'<div id="overview">{pages.contents([(name, words) for name, words, _ in parts])}<main>'
+        + "".join(pages.section(*part) for part in parts)
+        + '</main></div><main id="run" hidden aria-live="polite"></main>'
+        "<noscript><p>Without scripts the samples, the arms at a glance and the pages of single "
+        "runs are not shown.</p></noscript>"
+    )
+    data = {
+        "run-data": page_data.as_json(page_data.run_data(runs)),
+        "sample-data": samples.as_json(said.rows),
+    }
+    return pages.page(title, body, data)
 
 
-def _quiet(words: str) -> str:
-    return f'<p class="quiet">{escape(words)}</p>'
+def _answer(runs: list[Run], sheets: dict[Sheet, pd.DataFrame]) -> str:
+    if len(runs) == 1:
+        words = f'<p class="lead">{escape(headline.ending(runs[0]))}</p>'
+        return (
+            words
+            + pages.quiet("One run: another seed may end otherwise.")
+            + ('<p><a href="#run-0">Its rounds, settings and manifest</a></p>')
+        )
+    first, *rest = headline.answer(runs)
+    table = "".join(_sheet(sheet, frame) for sheet, frame in sheets.items() if sheet is ANSWER)
+    return (
+        f'<p class="lead">{escape(first)}</p>{"".join(f"<p>{escape(words)}</p>" for words in rest)}'
+        f'<div class="cautions"><h3>Before you believe it</h3>'
+        f"{pages.listed(headline.cautions(runs))}</div>{table}"
+    )
 
 
-def _draw(run: Run, folder: Path, prefix: str = "") -> list[Path]:
-    return [
-        style.save(plot(run), folder / f"{prefix}{name}.png") for name, plot in PICTURES.items()
-    ]
+def _sheet(sheet: Sheet, frame: pd.DataFrame, runs: Sequence[Run] = ()) -> str:
+    links = [f"#run-{place}" for place in range(len(runs))]
+    heading = "" if runs else f"<h3>{escape(sheet.title)}</h3>"
+    table = pages.table(frame, links, sheet.title)
+    body = heading + table + pages.quiet(sheet.caution)
+    return f'<div class="sheet" id="table-{sheet.name}">{body}</div>'
 
 
-def _settings(run: Run) -> str:
-    text = escape(json.dumps(run.config, indent=1, ensure_ascii=False))
-    return f"<details><summary>Configuration</summary><pre>{text}</pre></details>"
+_GLANCE = (
+    '<p class="quiet">Harm over rounds, a thin line a run; above the dashed limit the policy is '
+    "outside. A ring is a confirmed exit. Follow a run to its own page.</p>"
+    '<div class="filters"><label>arm has <input type="search" id="glance-filter"></label>'
+    '<span id="glance-count" role="status"></span></div><div id="glance-cards"></div>'
+)
+
+
+def _samples(said: samples.Samples) -> str:
+    return (
+        pages.quiet(
+            "What was asked and answered, who voted, and how an honest person would have voted on "
+            "the same pair. Harm is the scorer's cost, which no learner sees. " + samples.told(said)
+        )
+        + '<div class="filters" id="filters"></div><p id="shown" role="status"></p>'
+        '<div id="cards"></div><div class="pager" id="pager"></div>'
+    )
+
+
+def _again(runs: list[Run], line: list[str]) -> str:
+    commits = sorted(
+        {str((run.manifest.get("git") or {}).get("commit")) for run in runs} - {"None"}
+    )
+    code = f"Code of the runs: commit {', '.join(commits)}." if commits else ""
+    return (
+        "<p>This page, from the folder in which it was made:</p>"
+        + pages.command(shlex.join([*line, "--out", "report.html"]))
+        + "<p>Every table of it as CSV and Parquet, with every round of every run:</p>"
+        + pages.command(shlex.join([*line, "--out", "report.html", "--tables", "tables"]))
+        + pages.quiet(f"{code} A run's page holds its manifest, from which it can be run anew.")
+    )

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+import numpy as np
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -22,10 +24,14 @@ SKY, AMBER, BLACK = "#56b4e9", "#c78500", "#222222"
 CYCLE = (BLUE, VERMILION, GREEN, PURPLE, AMBER, SKY, BLACK)
 DASHES = ("-", "--", "-.", ":")
 """Line styles that tell arms apart once the colours are used up; more dots come after these."""
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+"""One each for :data:`CYCLE`, so that arms can be told apart without colours."""
 WRAP = 36
 """Characters on one line of an arm's name."""
 MOST_LABELS = 8
 """Most lines that are named at their ends; the names of more would lie on each other."""
+CAPTION = "caption"
+"""Mark of the text under a picture, by which a page finds its words."""
 Dash = str | tuple[int, tuple[float, ...]]
 RC: Any = {
     "figure.dpi": 100,
@@ -74,6 +80,15 @@ def axes(ax: Axes | None, width: float = 7.6, height: float = 4.6) -> Axes:
     return figure.add_subplot()
 
 
+def panels(ax: Axes, count: int, columns: int, width: float, height: float) -> list[Axes]:
+    """``count`` small axes on ``ax``, row by row; they fill these shares of their places."""
+    ax.set_axis_off()
+    cell = 1 / -(-count // columns)
+    places = (divmod(i, columns) for i in range(count))
+    size = (width / columns, height * cell)
+    return [ax.inset_axes((j / columns, 1 - (i + 1) * cell, *size)) for i, j in places]
+
+
 def figure_of(ax: Axes) -> Figure:
     """The figure that ``ax`` is drawn on."""
     figure = ax.get_figure(root=True)
@@ -103,10 +118,9 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
     if len(names) > 1 and max(map(len, names)) > WRAP:
         shared = set.intersection(*map(set, parted.values())) - {"+"}
         parted = {k: [w for w in words if w not in shared] or words for k, words in parted.items()}
-    return {
-        name: textwrap.fill(" ".join(words).removeprefix("+ "), WRAP)
-        for name, words in parted.items()
-    }
+    joined = {name: " ".join(words).removeprefix("+ ") for name, words in parted.items()}
+    plain = {name: text.replace(": + ", ": ").removesuffix(":") for name, text in joined.items()}
+    return {name: textwrap.fill(text, WRAP) for name, text in plain.items()}
 
 
 def title(ax: Axes, text: str, pad: float | None = None) -> None:
@@ -121,7 +135,7 @@ def caption(ax: Axes, text: str, below: float = 38.0) -> None:
     ax.annotate(
         textwrap.fill(text, max(40, int(width * 16))), (0, 0), xycoords="axes fraction",
         xytext=(0, -below), textcoords="offset points", va="top", ha="left", fontsize=8.5,
-        color=GREY, linespacing=1.35, annotation_clip=False,
+        color=GREY, linespacing=1.35, annotation_clip=False, gid=CAPTION,
     )  # fmt: skip
 
 
@@ -155,6 +169,13 @@ def list_ends(ax: Axes, heading: str, ends: list[tuple[float, str, str, Dash]]) 
     )  # fmt: skip
 
 
+def small_legend(ax: Axes, panel: Axes) -> None:
+    """What the marks of ``panel`` are, over the right end of the panels on ``ax``."""
+    handles, labels = panel.get_legend_handles_labels()
+    options: dict[str, Any] = {"bbox_to_anchor": (0.96, 1), "borderaxespad": 0.4, "fontsize": 9}
+    ax.legend(handles, labels, loc="lower right", ncols=len(labels), **options)
+
+
 def label_ends(ax: Axes, ends: list[tuple[float, float, str, str]], gap: float = 0.055) -> None:
     """Write labels at line ends (x, y, text, colour), moved apart vertically where they collide.
 
@@ -181,6 +202,53 @@ def label_ends(ax: Axes, ends: list[tuple[float, float, str, str]], gap: float =
         ax.annotate(
             text, (right, low + h * (high - low)), xytext=(6, 0), textcoords="offset points",
             color=colour, va="center", fontsize=9.5, annotation_clip=False,
+        )  # fmt: skip
+
+
+def label_points(
+    ax: Axes,
+    places: np.ndarray,
+    labels: list[str],
+    colours: list[str],
+    inches: tuple[float, float],
+    size: float = 7.5,
+) -> None:
+    """Write short labels beside points, pushed apart until none covers another or a point.
+
+    Args:
+        ax: axes whose limits are final.
+        places: (n, 2) points in data coordinates.
+        labels: n texts of a few characters.
+        colours: n colours.
+        inches: width and height of ``ax``.
+        size: of the font, in points.
+    """
+    limits = np.array([ax.get_xlim(), ax.get_ylim()])
+    points = (places - limits[:, 0]) / np.diff(limits, axis=1)[:, 0] * np.array(inches) * 72
+    half = np.array([[0.36 * size * len(text), 0.55 * size] for text in labels])
+    at, n = points + half + 2, len(labels)
+    apart = half[:, None] + np.vstack(
+        [half, np.full_like(half, 2.6)]
+    )  # least distances, (n, 2n, 2)
+    itself = np.hstack([np.eye(n, dtype=bool), np.zeros((n, n), bool)])
+    later = np.sign(np.arange(n)[:, None] - np.arange(2 * n) + 0.5)[..., None]
+    for _ in range(500):
+        gap = at[:, None] - np.vstack([at, points])  # (n, 2n, 2)
+        overlap = apart - np.abs(gap)
+        hit = (overlap > 0).all(2) & ~itself
+        if not hit.any():
+            break
+        short = np.eye(2, dtype=bool)[overlap.argmin(2)]  # along the shorter way out
+        side = np.where(gap == 0, later, np.sign(gap))  # of two at one place the later goes up
+        push = np.where(hit[..., None] & short, side * (overlap + 0.2) / 2, 0)
+        at = at + push.sum(1).clip(-size, size)
+    for text, colour, place, offset in zip(labels, colours, places, at - points, strict=True):
+        far = np.hypot(*offset) > 2 * size
+        line = {"arrowstyle": "-", "color": LIGHT, "lw": 0.8, "shrinkA": 0, "shrinkB": 1}
+        ax.annotate(
+            text, tuple(place), tuple(offset), textcoords="offset points", ha="center",
+            va="center", fontsize=size, color=colour, annotation_clip=False,
+            arrowprops=line if far else None,
         )  # fmt: skip
 
 

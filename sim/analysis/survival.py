@@ -23,11 +23,11 @@ from envs.usage import UsageError
 from sim.analysis.load import Run, by_arm
 
 MIN_SEEDS = 4
-"""Fewest runs per arm for a p-value or an interval: 3 + 3 seeds cannot go below p = .10."""
+"""Fewest runs, or pairs of runs, for a p-value or an interval."""
 
 
 class Estimate(NamedTuple):
-    """A restricted mean or a difference of two."""
+    """A restricted mean, a median, or a difference of two."""
 
     value: float
     error: float | None  # standard error
@@ -37,7 +37,10 @@ class Estimate(NamedTuple):
 
 
 def exit_table(runs: Iterable[Run], clock: str = "rounds") -> pd.DataFrame:
-    """One row per run: run, arm, replicate, rho, time, event, left, right, cause.
+    """One row per run: run, arm, replicate, world, rho, time, event, left, right, cause.
+
+    Times and brackets are on ``clock``; ``left`` is NaN where nothing was certified safe, ``right``
+    infinite where nothing was certified unsafe.
 
     Args:
         runs: finished runs.
@@ -61,15 +64,17 @@ def _row(arm: str, run: Run, clock: str) -> dict[str, object]:
     exited = run.summary["exit_confirmed"]
     bracket = run.summary.get("bracket")
     left = bracket[0] if bracket else run.summary.get("last_certified_safe")
+    on_clock = pd.Series(passed.to_numpy(), run.rounds["round"]).dropna()
     return {
         "run": str(run.path),
         "arm": arm,
         "replicate": run.replicate,
+        "world": run.world,
         "rho": run.rho,
         "time": float(passed.max() if exited is None else exited[clock]),
         "event": exited is not None,
-        "left": np.nan if left is None else left,
-        "right": bracket[1] if bracket else np.inf,
+        "left": np.nan if left is None else on_clock.asof(left),
+        "right": on_clock.asof(bracket[1]) if bracket else np.inf,
         "cause": run.summary["outcome"],
     }
 
@@ -96,90 +101,83 @@ def kaplan_meier(time: np.ndarray, event: np.ndarray) -> pd.DataFrame:
     )
 
 
+def horizon_of(runs: Iterable[Run], exits: pd.DataFrame, clock: str = "rounds") -> float:
+    """How far every run could be followed: the horizon of restricted means over all of them.
+
+    The least number of rounds that was asked for; on another clock the least that a run had reached
+    when it ended inside, or if none did, when the last exit was confirmed.
+
+    Args:
+        runs: finished runs.
+        exits: their :func:`exit_table` on ``clock``.
+        clock: as there.
+    """
+    if clock == "rounds":
+        return float(min(run.asked for run in runs))
+    inside = exits.loc[~exits["event"] & (exits["cause"] != "diverged"), "time"]
+    return float(inside.min() if len(inside) else exits["time"].max())
+
+
 def rmst(time: np.ndarray, event: np.ndarray, horizon: float) -> Estimate | None:
     """Restricted mean survival time up to ``horizon``, with Greenwood's error.
 
     Returns:
         None where the last run at risk was censored before the horizon: the curve is unknown there.
     """
-    time, event = np.asarray(time, float), np.asarray(event, bool)
-    last = time.max()
-    if last < horizon and not event[time == last].all():
-        return None
-    steps = np.unique(time[event & (time < horizon)])
-    at_risk = (time[None, :] >= steps[:, None]).sum(1)  # (steps,)
-    exits = ((time[None, :] == steps[:, None]) & event).sum(1)
-    survival = np.concatenate([[1.0], np.cumprod(1 - exits / at_risk)])
-    widths = np.diff(np.concatenate([[0.0], steps, [horizon]]))
-    pieces = survival * widths
-    right = np.cumsum(pieces[::-1])[::-1][1:]  # A_k, area right of step k
-    left_over = np.maximum(at_risk - exits, 1)  # where nobody is left, A_k is 0
-    error = float(np.sqrt((right**2 * exits / (at_risk * left_over)).sum()))
-    return _estimate(float(pieces.sum()), error, time.size)
+    time = np.asarray(time, float)
+    value, error = weighted_rmst(time, event, horizon, np.ones((1, time.size)))
+    return None if np.isnan(value[0]) else _estimate(float(value[0]), float(error[0]), time.size)
 
 
-def rmst_difference(
-    table: pd.DataFrame,
-    arm: str,
-    against: str,
-    horizon: float,
-    rng: np.random.Generator,
-    draws: int = 2000,
-) -> Estimate | None:
-    """RMST of ``arm`` minus that of ``against``, paired by replicate, bootstrapped over them.
+def weighted_rmst(
+    time: np.ndarray, event: np.ndarray, horizon: float, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """:func:`rmst` of many resamples at once.
 
-    Pairing uses that runs of one replicate share people, prompts and honest votes.
+    Args:
+        time: (n,) times of exit or censoring.
+        event: (n,) whether it was an exit.
+        horizon: end of the restriction.
+        weights: (draws, n) how often every run is in a resample; at least one is.
 
     Returns:
-        None where :func:`rmst` is None for an arm; no error and no interval where it is for a draw.
-
-    Raises:
-        ValueError: an unknown arm, or no replicate that both arms ran.
+        (draws,) values, NaN where unknown, and (draws,) Greenwood errors.
     """
-    parts = []
-    for name in (arm, against):
-        part = table[table["arm"] == name].set_index("replicate")
-        if part.empty:
-            raise UsageError(f"arm={name!r}; allowed: {sorted(set(table['arm']))}")
-        parts.append(part)
-    shared = parts[0].index.intersection(parts[1].index)
-    if shared.empty:
-        raise UsageError(f"arms {arm!r} and {against!r} share no seed; run both on the same")
-    first, second = (part.loc[shared] for part in parts)
+    time, event = np.asarray(time, float), np.asarray(event, bool)
+    steps = np.unique(time[event & (time < horizon)])  # (S,)
+    at_risk = weights @ (time[:, None] >= steps)  # (draws, S)
+    exits = weights @ ((time[:, None] == steps) & event[:, None])
+    staying = 1 - exits / np.maximum(at_risk, 1)  # where nobody is left, nobody leaves
+    survival = np.cumprod(np.column_stack([np.ones(len(weights)), staying]), 1)
+    pieces = survival * np.diff(np.concatenate([[0.0], steps, [horizon]]))
+    right = np.cumsum(pieces[:, ::-1], 1)[:, ::-1][:, 1:]  # A_k, area right of step k
+    # Where everybody left, A_k is 0.
+    terms = right**2 * exits / np.maximum(at_risk * (at_risk - exits), 1)
+    last = np.where(weights > 0, time, -np.inf).max(1)
+    censored = ((weights > 0) & (time == last[:, None]) & ~event).any(1)
+    value = np.where((last < horizon) & censored, np.nan, pieces.sum(1))
+    return value, np.sqrt(terms.sum(1))
 
-    def difference(rows: np.ndarray) -> float | None:
-        a, b = (
-            rmst(p["time"].to_numpy()[rows], p["event"].to_numpy()[rows], horizon)
-            for p in (first, second)
-        )
-        return a.value - b.value if a and b else None
 
-    n = len(shared)
-    value = difference(np.arange(n))
-    if value is None:
+def median_exit(time: np.ndarray, event: np.ndarray) -> Estimate | None:
+    """Time by which half the runs have left, with the interval at which the log-log band does.
+
+    Returns:
+        None where fewer than half have left; ``high`` is infinite where the band stays above half.
+    """
+    curve = kaplan_meier(time, event)
+
+    def first(column: str) -> float:
+        below = curve.loc[curve[column] <= 0.5 + 1e-12, "time"]
+        return float(below.iloc[0]) if len(below) else np.inf
+
+    middle, n = first("survival"), len(np.asarray(time))
+    if np.isinf(middle):
         return None
-    drawn = [difference(rng.integers(0, n, n)) for _ in range(draws)]
-    samples = [sample for sample in drawn if sample is not None]
-    if len(samples) < draws:
-        return Estimate(value, None, None, None, n)
-    low, high = np.quantile(samples, [0.025, 0.975]) if n >= MIN_SEEDS else (None, None)
-    return Estimate(value, float(np.std(samples, ddof=1)), low, high, n)
-
-
-def log_rank(table: pd.DataFrame, arm: str, against: str) -> float:
-    """Two-sided p-value that two arms have one survival curve.
-
-    Raises:
-        ValueError: an arm has fewer than ``MIN_SEEDS`` runs; no p-value is printed then.
-    """
-    from lifelines.statistics import logrank_test
-
-    first, second = (table[table["arm"] == name] for name in (arm, against))
-    fewest = min(len(first), len(second))
-    if fewest < MIN_SEEDS:
-        raise UsageError(f"seeds per arm: {fewest}; allowed: at least {MIN_SEEDS} for a p-value")
-    result = logrank_test(first["time"], second["time"], first["event"], second["event"])
-    return float(result.p_value)
+    few = n < MIN_SEEDS
+    return Estimate(
+        middle, None, None if few else first("lower"), None if few else first("upper"), n
+    )
 
 
 def _estimate(value: float, error: float, n: int) -> Estimate:

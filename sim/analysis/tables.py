@@ -11,14 +11,17 @@ import pandas as pd
 from envs.registry import brief
 from sim.analysis.arm_names import SEEDS, identity
 from sim.analysis.load import Run, by_arm
-from sim.analysis.multiplicity import e_bh, exit_e_values
+from sim.analysis.multiplicity import e_bh, exit_e_values, holm
+from sim.analysis.paired import compare
 from sim.analysis.retained import clean_twins, holds, learning_retained
-from sim.analysis.survival import MIN_SEEDS, exit_table, log_rank, rmst, rmst_difference
+from sim.analysis.survival import MIN_SEEDS, Estimate, exit_table, horizon_of, median_exit, rmst
 
 OUTCOMES = ("safe", "exited", "collapsed", "diverged")
 CLOCKS = ("round", "label", "optimizer_step")
 AGAINST, P_VALUE = "rounds inside vs undefended [95 %]", "log-rank p"
-"""Columns of what a defence changed; left out of a table in which no arm has seeds enough."""
+EXCHANGE, HOLM = "exchange p", "exchange p, Holm"
+MEDIAN = "median exit [95 %]"
+"""Columns of what a defence changed, and when half had left; left out where they hold nothing."""
 FOUND = "an exit, at FDR"
 """Column of e-BH over the arms, before the rate; left out of a table of one arm."""
 
@@ -138,29 +141,33 @@ def arm_table(runs: Iterable[Run]) -> pd.DataFrame:
 
     The horizon of the restricted mean is the least number of rounds that was asked for. The mean
     is missing where every run of an arm ended earlier, unless all had left the safe set; its error
-    needs ``MIN_SEEDS`` runs. A defended arm is compared with the undefended arm that it otherwise
-    equals, paired by seed, where both have ``MIN_SEEDS`` runs. Of several arms, those in which an
-    exit is found are told by e-BH (:mod:`sim.analysis.multiplicity`).
+    needs ``MIN_SEEDS`` runs, and so does the median exit, which needs half of them to have left. A
+    defended arm is compared with the undefended arm that it otherwise equals where they share
+    ``MIN_SEEDS`` replicates (:mod:`sim.analysis.paired`); Holm's p-values count these comparisons.
+    Of several arms, those in which an exit is found are told by e-BH
+    (:mod:`sim.analysis.multiplicity`).
 
     Args:
         runs: finished runs.
     """
     runs = list(runs)
     exits = exit_table(runs)
-    horizon = min(run.asked for run in runs)
+    horizon = horizon_of(runs, exits)
     undefended = _undefended(runs)
     found = f"{FOUND} {discovery_rate(runs):g}"
     rows: list[dict[str, Any]] = []
     for row in arm_rows(runs):
         part = exits[exits["arm"] == row["arm"]]
-        inside = rmst(part["time"].to_numpy(), part["event"].to_numpy(), horizon)
+        time, event = part["time"].to_numpy(), part["event"].to_numpy()
+        inside = rmst(time, event, horizon)
         rows.append(
             {
                 "arm": row["arm"],
                 "seeds": row["runs"],
                 **{name: row[name] for name in OUTCOMES},
-                f"rounds inside, of {horizon}": inside and inside.value,
+                f"rounds inside, of {horizon:g}": inside and inside.value,
                 "standard error": inside.error if inside and inside.n >= MIN_SEEDS else None,
+                MEDIAN: in_words(median_exit(time, event)) if len(part) >= MIN_SEEDS else None,
                 **_against(exits, row["arm"], undefended.get(row["arm"]), horizon),
                 "harm at end": row["harm_end"],
                 "help gain": row["help_gain"],
@@ -169,8 +176,10 @@ def arm_table(runs: Iterable[Run]) -> pd.DataFrame:
                 found: "yes" if row["exit_found"] else "no",
             }
         )
-    table = pd.DataFrame(rows)
-    unknown = [name for name in (AGAINST, P_VALUE) if table[name].isna().all()]
+    adjusted = holm({row["arm"]: row[EXCHANGE] for row in rows if row[EXCHANGE] is not None})
+    table = pd.DataFrame([{**row, HOLM: adjusted.get(row["arm"])} for row in rows])
+    maybe = (MEDIAN, AGAINST, EXCHANGE, HOLM, P_VALUE)
+    unknown = [name for name in maybe if table[name].isna().all()]
     return table.drop(columns=unknown if len(rows) > 1 else [*unknown, found])
 
 
@@ -182,16 +191,24 @@ def _undefended(runs: list[Run]) -> dict[str, str]:
     return {arm: known[text] for arm, text in bare.items() if text in known}
 
 
-def _against(exits: pd.DataFrame, arm: str, other: str | None, horizon: int) -> dict[str, Any]:
-    """Rounds that ``arm`` is inside beyond ``other`` with its interval, and the log-rank test."""
+def _against(exits: pd.DataFrame, arm: str, other: str | None, horizon: float) -> dict[str, Any]:
+    """What ``arm`` has beyond ``other``: rounds inside with their interval, and both tests."""
     seeds = [set(exits.loc[exits["arm"] == name, "replicate"]) for name in (arm, other)]
     if len(seeds[0] & seeds[1]) < MIN_SEEDS:
-        return {AGAINST: None, P_VALUE: None}
-    more = rmst_difference(exits, arm, str(other), horizon, np.random.default_rng(0))
+        return dict.fromkeys((AGAINST, EXCHANGE, HOLM, P_VALUE))
+    more = compare(exits, arm, str(other), horizon)
     words = None
-    if more and more.low is not None:
-        words = f"{more.value:+.1f} [{more.low:+.1f}, {more.high:+.1f}]"
-    return {AGAINST: words, P_VALUE: log_rank(exits, arm, str(other))}
+    if more.difference and more.difference.low is not None:
+        words = in_words(more.difference, "+.1f")
+    return {AGAINST: words, EXCHANGE: more.p_value, HOLM: None, P_VALUE: more.log_rank}
+
+
+def in_words(found: Estimate | None, form: str = "g") -> str | None:
+    """Value and interval; an infinite end is open."""
+    if found is None or found.low is None or found.high is None:
+        return None if found is None else f"{found.value:{form}}"
+    high = "∞)" if np.isinf(found.high) else f"{found.high:{form}}]"
+    return f"{found.value:{form}} [{found.low:{form}}, {high}"
 
 
 def _bracket(run: Run) -> str | None:

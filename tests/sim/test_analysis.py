@@ -1,11 +1,7 @@
 """Reading runs, exit times across seeds, pictures and pages; the runs are written here."""
 
-import base64
-import hashlib
 import json
-import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +13,16 @@ from matplotlib.text import Text
 
 from envs.collapse import Fluency
 from envs.monitor import CostMonitor
+from sim.analysis import arms as pictures_of_arms
 from sim.analysis.arm_names import arm_names, identity, replicate
 from sim.analysis.arms import plot_arms, plot_survival
 from sim.analysis.load import by_arm, load_run, load_runs
+from sim.analysis.paired import log_rank, rmst_difference
 from sim.analysis.plots import RHO, plot_cost_trace, plot_reward_vs_harm, plot_rho
 from sim.analysis.report import write_report
 from sim.analysis.style import line_style, short_names
-from sim.analysis.survival import exit_table, kaplan_meier, log_rank, rmst, rmst_difference
-from sim.analysis.tables import AGAINST, arm_table, run_table
+from sim.analysis.survival import exit_table, kaplan_meier, rmst
+from sim.analysis.tables import AGAINST, EXCHANGE, HOLM, arm_table, run_table
 
 
 def write_run(
@@ -243,7 +241,7 @@ def test_exit_table_censors_runs_that_stay_inside(arms):
     exited = table.loc[("harmful_asker ρ=0.25", "seed 0")]
     summary = load_run(arms / "attacked-0").summary
     assert exited["event"] and exited["time"] == summary["exit_confirmed"]["labels"]
-    assert [exited["left"], exited["right"]] == summary["bracket"]
+    assert [exited["left"], exited["right"]] == [64 * r for r in summary["bracket"]]
     inside = table.loc[("clean", "seed 1")]
     assert not inside["event"] and inside["time"] == 64 * 20 and np.isinf(inside["right"])
 
@@ -291,7 +289,7 @@ def test_kaplan_meier_by_hand():
 
 def table_of(times: dict[str, list[float]], horizon: float) -> pd.DataFrame:
     rows = [
-        {"arm": arm, "replicate": seed, "time": time, "event": time < horizon}
+        {"arm": arm, "replicate": seed, "world": 0, "time": time, "event": time < horizon}
         for arm, members in times.items()
         for seed, time in enumerate(members)
     ]
@@ -414,6 +412,17 @@ def test_many_arms_are_listed_with_their_values(many, plot):
         assert values == [1.0] * 9 and min(min(c.get_ydata()) for c in curves) >= 0.97 - 1e-9
 
 
+def test_of_too_many_arms_those_are_drawn_that_left_first(arms, monkeypatch):
+    runs = load_runs([arms])
+    monkeypatch.setattr(pictures_of_arms, "MOST_ARMS", 1)
+    curve, *_ = [line for line in plot_survival(runs).lines if line.get_linewidth() == 2.2]
+    assert min(curve.get_ydata()) == 0, "everybody left in the attacked arm"
+    assert "2 arms that left later or stayed" in drawn_text(plot_survival(runs))
+    (mean,) = [line for line in plot_arms(runs).lines if line.get_linewidth() > 2]
+    assert mean.get_ydata()[-1] > 0.5
+    assert "2 arms with less harm at the end" in drawn_text(plot_arms(runs))
+
+
 def test_survival_picture_says_n_and_draws_no_band_for_few_seeds(arms, tmp_path):
     few = plot_survival(load_runs([arms]))
     assert "n = 2 per arm" in drawn_text(few) and "bands need 4 seeds" in drawn_text(few)
@@ -471,6 +480,12 @@ def test_a_defended_arm_is_compared_with_its_undefended_one(arms, tmp_path):
     assert table[AGAINST].isna().tolist() == [True, False, True]
     assert table[AGAINST][1].startswith(f"{20 - np.mean(left):+.1f} [+")
     assert table["log-rank p"][1] < 0.05
+    assert table[EXCHANGE][1] == 2 / 16 and table[HOLM].isna().tolist() == [True, False, True]
+    for seed in range(4):  # a second comparison: the smaller p-value counts twice
+        write_run(tmp_path / f"lisa-{seed}", 0.25, seed, 6.0 + 3 * seed, ("lisa",))
+    table = arm_table(load_runs([tmp_path])).set_index("arm")
+    p, adjusted = (table[name].dropna().to_numpy() for name in (EXCHANGE, HOLM))
+    assert p.min() == 2 / 16 and adjusted.tolist() == [2 * p.min(), max(2 * p.min(), p.max())]
 
 
 def diverge(path: Path, at: int) -> Path:
@@ -501,7 +516,7 @@ def test_a_diverged_run_does_not_shorten_the_others(arms, tmp_path):
     curves = [line.get_xdata() for line in lines if line.get_drawstyle() == "steps-post"]
     assert [max(curve) for curve in curves][::2] == [20, 2]
     written = write_report([tmp_path / "runs"], tmp_path / "report")
-    assert "No restricted mean where every run" in written[0].read_text()
+    assert "restricted mean is missing where every run" in written[0].read_text()
 
 
 def test_the_same_run_is_read_once(arms, tmp_path, capsys):
@@ -534,9 +549,12 @@ def test_report_of_one_run_lies_beside_it(tmp_path):
     assert written[0] == path / "report.html"
     names = {p.relative_to(path).as_posix() for p in written}
     figures = {f"figures/{name}.png" for name in ("cost_trace", "reward_vs_harm", "rho")}
-    assert names == {"report.html", "samples.html"} | figures
+    tables = {"tables/runs.csv"} | {
+        f"tables/{name}.parquet" for name in ("runs", "rounds", "summaries")
+    }
+    assert names == {"report.html"} | figures | tables
     page = written[0].read_text()
-    assert page.count("data:image/png;base64,") == 3 and "left the safe set" in page
+    assert page.count('src="data:image/svg+xml;base64,') == 3 and "left the safe set" in page
 
 
 def test_report_of_several_needs_a_place(arms, tmp_path):
@@ -544,7 +562,7 @@ def test_report_of_several_needs_a_place(arms, tmp_path):
         write_report([arms])
     written = write_report([arms], tmp_path / "report")
     assert {"arms.png", "survival.png"} <= {p.name for p in written}
-    assert all(p.stat().st_size > 1000 for p in written)
+    assert all(p.stat().st_size > 1000 for p in written if p.suffix == ".png")
 
 
 def test_report_of_a_run_killed_after_its_first_line(tmp_path):
@@ -553,40 +571,3 @@ def test_report_of_a_run_killed_after_its_first_line(tmp_path):
     (path / "rounds.jsonl").write_text(first + '\n{"round": 1')
     (path / "summary.json").unlink()
     assert "has not ended" in write_report([path])[0].read_text()
-
-
-HOSTILE = (
-    "</script><script>document.title='owned'</script><img src=x onerror=document.title=1><!-- "
-)
-
-
-def test_samples_cannot_leave_their_data_block(tmp_path):
-    write_report([write_run(tmp_path / "run", rounds=3, hostile=HOSTILE)])
-    page = (tmp_path / "run" / "samples.html").read_text()
-    data = re.search(r'id="samples">(.*?)</script>', page, re.S)
-    assert data is not None and "<" not in data[1]
-    rows = json.loads(data[1])
-    assert len(rows) == 24 and all(row["prompt"].startswith(HOSTILE) for row in rows)
-    assert "<img" not in page and "default-src 'none'" in page
-    policy = re.search(r"script-src 'sha256-([^']+)'", page)
-    script = re.search(r"<script>(.*?)</script>", page, re.S)
-    digest = hashlib.sha256(script[1].encode()).digest()
-    assert policy[1] == base64.b64encode(digest).decode()
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine to open the page with")
-def test_samples_page_in_a_browser(tmp_path):
-    """The page's own script runs under its policy, and the samples' does not."""
-    write_report([write_run(tmp_path / "run", rounds=3, hostile=HOSTILE)])
-    options = "--headless --no-sandbox --disable-gpu --no-first-run --disable-sync --dump-dom"
-    options += " --disable-background-networking --disable-component-update --disable-quic"
-    page = (tmp_path / "run" / "samples.html").as_uri()
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    command = [CHROMIUM, *options.split(), profile, page]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    assert dom.count('<div class="card') == 24
-    assert "24 of 24 recorded comparisons" in dom
-    assert "<title>Samples: " in dom and "owned</title>" not in dom

@@ -12,6 +12,7 @@ from sim.analysis.plots import plot_cost_trace
 from sim.analysis.report import write_report
 from sim.analysis.tables import branch_table, run_table
 from tests.sim.test_analysis import drawn_text, write_run
+from tests.sim.test_report_page import block
 
 
 def branch(parent: Path, path: Path, at: int, changed: dict, of: dict | None = None) -> Path:
@@ -99,10 +100,11 @@ def test_a_branch_that_became_clean_is_no_clean_run(branches):
 def test_the_report_lays_branches_side_by_side(branches, tmp_path):
     write_report([branches], tmp_path)
     page = (tmp_path / "report.html").read_text()
-    assert "<h2>Branches</h2>" in page and "defences none → lisa(rho=10)" in page
-    said = (tmp_path / "samples.html").read_text().split('id="samples">')[1].split("</script>")[0]
-    rounds = pd.DataFrame(json.loads(said)).groupby("run")["round"].agg(["min", "max"])
+    assert 'id="table-branches"' in page and "defences none → lisa(rho=10)" in page
+    said = pd.DataFrame(block(page, "sample-data"))
+    titles = [run["title"] for run in block(page, "run-data")]
+    rounds = said.groupby(said["run"].map(dict(enumerate(titles))))["round"].agg(["min", "max"])
     assert rounds.loc["grpo: harmful_asker ρ=0.25 + lisa(rho=10) from round 6, seed 0"].min() == 6
     assert rounds.loc["grpo: harmful_asker ρ=0.25, seed 0"].min() == 1
     write_report([branches / "defended", branches / "attacked"], tmp_path / "plain")
-    assert "Branches" not in (tmp_path / "plain/report.html").read_text()
+    assert "table-branches" not in (tmp_path / "plain/report.html").read_text()

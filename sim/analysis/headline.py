@@ -1,0 +1,231 @@
+"""The answer of a report in words: who left the safe set, what kept it there, at what price.
+
+Runs are pooled by attack and defences over learners, worlds and whatever else differs. Shares carry
+Clopper-Pearson intervals, which treat runs as independent; the cautions say where they are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from envs.registry import brief
+from sim.analysis.arm_names import leaves
+from sim.analysis.claims import share_interval
+from sim.analysis.load import Run, by_arm
+from sim.analysis.retained import RETAINED, clean_twins, holds, learning_retained
+from sim.analysis.survival import MIN_SEEDS
+
+MEANING = {
+    "safe": "The policy stayed in the safe set",
+    "exited": "The policy left the safe set",
+    "collapsed": "The policy broke down: its text or its helpfulness was lost",
+    "diverged": "Training produced a number that is not finite",
+    "unfinished": "The run has not ended",
+}
+MOST_SENTENCES = 8
+"""Most attacks that are told of one by one; the table holds the rest."""
+
+
+class Group(NamedTuple):
+    """Finished runs under one attack and one list of defences."""
+
+    attack: str
+    defences: str  # empty: none
+    runs: list[Run]
+    exits: list[int]  # rounds of the confirmed exits
+    retained: float | None
+    holds: bool | None  # in every arm; None: unknown in some, and false in none
+
+    @property
+    def left(self) -> str:
+        """How many of the runs left."""
+        return f"{len(self.exits)} of {len(self.runs)} runs"
+
+    @property
+    def interval(self) -> str:
+        """Where the share of runs that leave lies, at 95 %."""
+        low, high = share_interval(len(self.exits), len(self.runs))
+        return f"[{low:.2f}, {high:.2f}]"
+
+
+def groups(runs: Iterable[Run]) -> list[Group]:
+    """Finished runs by attack and defences, undefended first; forks are left out."""
+    runs = [run for run in runs if run.summary and not run.fork]
+    twins = clean_twins(runs)
+    parted: dict[tuple[str, str], list[list[Run]]] = {}
+    for arm in by_arm(runs).values():
+        parted.setdefault((_attack(arm[0]), _defences(arm[0])), []).append(arm)
+    found = []
+    for (attack, defences), arms in parted.items():
+        held = [holds(arm, learning_retained(arm, twins)) for arm in arms]
+        known = False if False in held else None if None in held else True
+        members = [run for arm in arms for run in arm]
+        dated = [run.exit_round("confirmed") for run in members]
+        exits = [when for when in dated if when is not None]
+        retained = learning_retained(members, twins)
+        found.append(Group(attack, defences, members, exits, retained, known))
+    return found
+
+
+def _attack(run: Run) -> str:
+    name = brief(str(dict(leaves(run.config)).get("attack.name")))
+    return f"{name} at ρ = {run.rho:g}" if run.rho else ""
+
+
+def _defences(run: Run) -> str:
+    return " + ".join(map(brief, run.config.get("defences", [])))
+
+
+def answer_table(runs: Iterable[Run]) -> pd.DataFrame:
+    """One row per attack and defences: exits with their share, harm and help, what was kept."""
+    return pd.DataFrame(
+        {
+            "attack": group.attack or "none",
+            "defence": group.defences or "none",
+            "runs": len(group.runs),
+            "left": len(group.exits),
+            "share that left [95 %]": f"{len(group.exits) / len(group.runs):.2f} {group.interval}",
+            "median exit round": float(np.median(group.exits)) if group.exits else None,
+            "harm at end": _mean(group.runs, "harm_end"),
+            "help gain": _mean(group.runs, "help_gain"),
+            "learning retained": group.retained,
+            "holds": {True: "yes", False: "no", None: None}[group.holds],
+        }
+        for group in groups(runs)
+    )
+
+
+def _mean(runs: list[Run], name: str) -> float | None:
+    known = [run.summary[name] for run in runs if run.summary.get(name) is not None]
+    return float(np.mean(known)) if known else None
+
+
+def answer(runs: Iterable[Run]) -> list[str]:
+    """The sentences that a report begins with."""
+    found = groups(runs)
+    if not found:
+        return ["No run has ended yet: nothing can be said of exits."]
+    said = []
+    attacks = list(dict.fromkeys(group.attack for group in found))
+    for attack in sorted(attacks, key=bool, reverse=True)[:MOST_SENTENCES]:
+        mine = [group for group in found if group.attack == attack]
+        bare = next((group for group in mine if not group.defences), None)
+        if bare:
+            said.append(_undefended(bare))
+        if attack and (defended := [group for group in mine if group.defences]):
+            said += _defended(attack, defended)
+    if len(attacks) > MOST_SENTENCES:
+        said.append(f"{len(attacks) - MOST_SENTENCES} more attacks stand in the table.")
+    return said
+
+
+def _undefended(group: Group) -> str:
+    under = f"Under {group.attack}, without a defence," if group.attack else "Without an attack"
+    words = f"{under} {group.left} left the safe set (share in {group.interval} at 95 %)"
+    if not group.exits:
+        return f"{words}."
+    first, last = min(group.exits), max(group.exits)
+    when = f"round {first}" if first == last else f"rounds {first} to {last}"
+    middle = "" if first == last else f", median {np.median(group.exits):g}"
+    return f"{words}; the exits were confirmed in {when}{middle}."
+
+
+def _defended(attack: str, mine: list[Group]) -> list[str]:
+    held = [group for group in mine if group.holds]
+    held.sort(key=lambda group: -(group.retained or 0))
+    many = len(mine)
+    if held:
+        best = held[0]
+        words = f"{best.defences} keeps the policy inside under {attack}: {best.left} left "
+        words += f"(share in {best.interval} at 95 %), "
+        words += f"and it kept {_percent(best)} of what honest feedback teaches."
+        others = ", ".join(f"{group.defences} ({_percent(group)})" for group in held[1:6])
+        more = f" and {len(held) - 6} more" if len(held) > 6 else ""
+        also = f" Also holding, with the learning kept: {others}{more}." if others else ""
+        lost = many - len(held)
+        rest = f" The other {lost} of {many} defences do not hold." if lost else ""
+        return [words, (also + rest).strip()] if also or rest else [words]
+    safe = [group for group in mine if group.holds is None]
+    if safe:
+        names = ", ".join(f"{group.defences} ({group.left} left)" for group in safe[:6])
+        return [
+            f"Under {attack} these stayed inside: {names}. What they cost in learning is not "
+            "known: no clean run of the same seeds is here, or it learned too little."
+        ]
+    least = min(mine, key=lambda group: (len(group.exits) / len(group.runs), group.defences))
+    kept = "" if least.retained is None else f" and {_percent(least)} of the learning kept"
+    words = f"Under {attack} no defence of {many} holds" if many > 1 else f"{mine[0].defences} does"
+    words += "" if many > 1 else f" not hold under {attack}"
+    return [f"{words}; fewest left under {least.defences}: {least.left} {least.interval}{kept}."]
+
+
+def _percent(group: Group) -> str:
+    return "an unknown share" if group.retained is None else f"{100 * group.retained:.0f} %"
+
+
+def cautions(runs: Iterable[Run]) -> list[str]:
+    """What limits the answer."""
+    runs = list(runs)
+    ended = [run for run in runs if run.summary]
+    sizes = [len(members) for members in by_arm(runs).values()]
+    said = []
+    if min(sizes) < MIN_SEEDS:
+        thin = sum(size < MIN_SEEDS for size in sizes)
+        which = "every arm has" if thin == len(sizes) else f"{thin} of {len(sizes)} arms have"
+        said.append(
+            f"Thin: {which} fewer than {MIN_SEEDS} runs (fewest {min(sizes)}). No p-value is "
+            "given for them, and no interval of a mean."
+        )
+    if len(ended) < len(runs):
+        said.append(
+            f"{len(runs) - len(ended)} of {len(runs)} runs have not ended and do not count."
+        )
+    broken = [run for run in ended if run.summary["outcome"] in ("collapsed", "diverged")]
+    if broken:
+        said.append(f"{len(broken)} runs collapsed or diverged: an exit of theirs may be cut off.")
+    learners = list(dict.fromkeys(run.learner for run in runs))
+    if len(learners) > 1:
+        said.append(
+            f"Shares pool {len(learners)} learners ({', '.join(learners)}); runs of one world or "
+            "seed share people and prompts, so their intervals are too narrow. A defence that is "
+            "said to hold does so in every arm; the learning kept is a mean over arms."
+        )
+    worlds = {run.config.get("world", {}).get("seed", 0) for run in runs}
+    if len(worlds) == 1:
+        said.append("One world or model: nothing is said of others.")
+    sources = {str(run.summary.get("harm_source", "")) for run in ended} - {""}
+    if judged := sorted(name for name in sources if "oracle" not in name):
+        said.append(f"Harm is what this says, not the truth: {'; '.join(judged)}.")
+    if any(run.config.get("evaluation", {}).get("stop_on_exit") for run in runs):
+        said.append("Runs stop at their confirmed exit: what comes after it was not seen.")
+    said.append(
+        f"An arm holds if every run stays inside, ends at or below the limit, and at least "
+        f"{100 * RETAINED:.0f} % of what clean runs of the same seeds learned is kept."
+    )
+    return said
+
+
+def ending(run: Run) -> str:
+    """How a run ended, in a sentence."""
+    summary: dict[str, Any] = run.summary
+    words = MEANING[summary.get("outcome", "unfinished")]
+    exits = [
+        f"{kind} exit in round {when}"
+        for kind in ("naive", "confirmed", "true")
+        if (when := run.exit_round(kind)) is not None
+    ]
+    if summary.get("bracket"):
+        left, right = summary["bracket"]
+        exits.append(f"certified to lie in ({'start' if left is None else left}, {right}]")
+    words += f": {', '.join(exits)}." if exits else "."
+    ends = [
+        f"{name} {summary[key]:.2f}"
+        for name, key in (("Harm at the end", "harm_end"), ("help gained", "help_gain"))
+        if summary.get(key) is not None
+    ]
+    limit = f" (limit {run.limit:g})"
+    return f"{words} {', '.join(ends).replace(',', limit + ',', 1)}." if ends else words
