@@ -170,7 +170,7 @@ def list_ends(ax: Axes, heading: str, ends: list[tuple[float, str, str, Dash]]) 
 
 def corner_legend(ax: Axes, handles: Sequence[Artist]) -> None:
     """What the marks of all panels on ``ax`` are, over their right end."""
-    options: dict[str, Any] = {"bbox_to_anchor": (0.96, 1), "borderaxespad": 0.4}
+    options: dict[str, Any] = {"bbox_to_anchor": (0.96, 1), "borderaxespad": 0.4, "fontsize": 9.5}
     ax.legend(handles=handles, loc="lower right", ncols=len(handles), **options)
 
 
