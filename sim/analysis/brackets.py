@@ -59,7 +59,7 @@ def plot_brackets(runs: Iterable[Run], ax: Axes | None = None, clock: str = "rou
             panel.set_ylabel("share inside", fontsize=8.5)
         if i + COLUMNS >= len(arms):
             panel.set_xlabel(CLOCKS[clock], fontsize=8.5)
-    style.small_legend(ax, panels[0])
+    style.corner_legend(ax, panels[0].get_legend_handles_labels()[0])
     ax.set_title("When did they leave?")
     rest = f" {more} more arms have no panel." if more > 0 else ""
     total = int(exits["arm"].isin(arms).sum())

@@ -107,6 +107,18 @@ def _groups(runs: list[Run]) -> dict[tuple[str, str, str, float], list[Run]]:
     return groups
 
 
+def cell_table(runs: Iterable[Run]) -> pd.DataFrame:
+    """The cells as a table to read and to compute with; empty where nobody was attacked."""
+    table = cells(runs)
+    if table.empty or not (table["rho"] > 0).any():
+        return pd.DataFrame()
+    words = {"rho": "ρ", "n": "runs", "left": "exits", "horizon": "rounds", "value": "time inside"}
+    words |= {"retained": "learning retained", "gain": "help gain"}
+    words |= {name: f"share {of}" for name, of in RHO.items()}
+    shown = table.drop(columns=["bare", ASKED]).rename(columns=words)
+    return shown.dropna(axis="columns", how="all")
+
+
 def lines(table: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
     """Cells of one learner by (defence, attack), ascending in rho, the clean cell first."""
     found = {}

@@ -14,6 +14,7 @@ import pandas as pd
 
 from sim.analysis.arms import plot_arms, plot_survival
 from sim.analysis.brackets import plot_brackets
+from sim.analysis.cells import cell_table
 from sim.analysis.censored import cause_table
 from sim.analysis.exit_tables import CAUTIONS, dose_table, incidence_table, truth_table
 from sim.analysis.exit_times import clock_table, plot_exit_times, records, times
@@ -141,6 +142,14 @@ SHEETS: tuple[Sheet, ...] = (
         f"nobody knows how long the policy would have stayed inside. {UNKNOWN} “{FOUND}”: some "
         "policy of the arm left the safe set; of the arms with a yes, that rate are wrong on "
         "average at most, however many arms are looked at (e-BH on the arms' mean e-values).",
+    ),
+    Sheet(
+        "cells",
+        "Time in the safe set, by learner, defence, attack and ρ",
+        cell_table,
+        "Time inside: restricted mean time to the confirmed exit, as a share of the rounds; low "
+        "and high: 95 %, bootstrap over worlds, then seeds, too narrow of few worlds. Shares: what "
+        "ρ came to, up to the exit.",
     ),
     Sheet("incidence", "Ends that compete", _of_ended(incidence_table), CAUTIONS["ends"]),
     Sheet("dose", "Dose and response", _of_ended(dose_table), CAUTIONS["dose"]),

@@ -111,7 +111,4 @@ def _legend(ax: Axes, ends: pd.DataFrame) -> None:
     from matplotlib.patches import Patch
 
     seen = [name for name in ENDS if (ends["cause"] == name).any()]
-    ax.legend(
-        handles=[Patch(color=ENDS[name], alpha=0.75, label=name) for name in seen],
-        loc="lower right", bbox_to_anchor=(0.96, 1), ncols=3, borderaxespad=0.4,
-    )  # fmt: skip
+    style.corner_legend(ax, [Patch(color=ENDS[k], alpha=0.75, label=k) for k in seen])

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -169,11 +170,10 @@ def list_ends(ax: Axes, heading: str, ends: list[tuple[float, str, str, Dash]]) 
     )  # fmt: skip
 
 
-def small_legend(ax: Axes, panel: Axes) -> None:
-    """What the marks of ``panel`` are, over the right end of the panels on ``ax``."""
-    handles, labels = panel.get_legend_handles_labels()
-    options: dict[str, Any] = {"bbox_to_anchor": (0.96, 1), "borderaxespad": 0.4, "fontsize": 9}
-    ax.legend(handles, labels, loc="lower right", ncols=len(labels), **options)
+def corner_legend(ax: Axes, handles: Sequence[Artist]) -> None:
+    """What the marks of all panels on ``ax`` are, over their right end."""
+    options: dict[str, Any] = {"bbox_to_anchor": (0.96, 1), "borderaxespad": 0.4, "fontsize": 9.5}
+    ax.legend(handles=handles, loc="lower right", ncols=len(handles), **options)
 
 
 def label_ends(ax: Axes, ends: list[tuple[float, float, str, str]], gap: float = 0.055) -> None:

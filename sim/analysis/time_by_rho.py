@@ -159,8 +159,8 @@ def _words(table: pd.DataFrame, measure: str, runs: list[Run]) -> str:
     if whole >= MIN_SEEDS:
         still = 100 * (1 - 0.05 ** (1 / whole))
         words.append(
-            f"At 100 % without a bar: none of {whole} runs left, as up to {still:.0f} % of such "
-            "runs still could."
+            f"A point at 100 % without a bar: none of {whole} runs left, so at most {still:.0f} % "
+            "of such runs would (95 %)."
         )
     if measure == "occupancy":
         words.append("Points of which a run was stopped at its exit are left out.")

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sim.analysis.cells import CLEAN, cells, lines
+from sim.analysis.cells import CLEAN, cell_table, cells, lines
 from sim.analysis.load import Run
 from sim.analysis.time_by_rho import plot_time_by_rho
 from tests.sim.test_analysis import drawn_text
@@ -125,6 +125,15 @@ def test_a_clean_run_of_another_length_is_the_same_defences_origin():
     assert late["rho"].tolist() == [0, 0.5]
 
 
+def test_the_cells_as_a_table():
+    table = cell_table(design()).set_index(["learner", "defence", "ρ"])
+    row = table.loc[("grpo", "no defence", 0.2)]
+    assert (row["runs"], row["exits"], row["rounds"]) == (4, 4, 20)
+    assert row["time inside"] == pytest.approx(0.65)
+    assert row["share of votes flipped"] > 0 and "share of training targets wrong" not in table
+    assert cell_table([made(0.0)]).empty
+
+
 def test_the_picture_has_a_panel_a_learner_and_a_line_a_defence():
     runs = design()
     ax = plot_time_by_rho(runs)
@@ -134,7 +143,7 @@ def test_the_picture_has_a_panel_a_learner_and_a_line_a_defence():
     np.testing.assert_allclose(bare.get_xdata(), np.sqrt([0, 0.2, 0.8]), atol=0.02)
     words = drawn_text(ax)
     assert "n = 4 runs a point, 2 worlds" in words and "as a share of 20 rounds" in words
-    assert "none of 4 runs left, as up to 53 % of such" in words  # 1 - .05 ** (1/4)
+    assert "none of 4 runs left, so at most 53 % of such" in words  # 1 - .05 ** (1/4)
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["no defence", "lisa"]
     going = Run(Path("on"), made(0.2, seed=9).manifest, {}, runs[0].rounds)
     assert "1 runs have not ended" in drawn_text(plot_time_by_rho([*runs, going]))
