@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from sim.analysis import detection_table, hackability, hacking_forms, set_exits, stealth
 from sim.analysis.arms import plot_arms, plot_survival
 from sim.analysis.brackets import plot_brackets
 from sim.analysis.cells import cell_table
@@ -77,6 +78,12 @@ def _competes(runs: list[Run]) -> bool:
     return bool(ended(runs)) and ends_compete(cause_table(ended(runs)))
 
 
+def _where(
+    supports: Callable[[list[Run]], bool], make: Callable[[list[Run]], pd.DataFrame]
+) -> Callable[[list[Run]], pd.DataFrame]:
+    return lambda runs: make(runs) if supports(runs) else pd.DataFrame()
+
+
 def _of_ended(make: Callable[[list[Run]], pd.DataFrame]) -> Callable[[list[Run]], pd.DataFrame]:
     return lambda runs: make(ended(runs)) if ended(runs) else pd.DataFrame()
 
@@ -131,6 +138,24 @@ PICTURES: tuple[Picture, ...] = (
         plot_limits,
         lambda runs: bool(len(limit_table(runs))),
     ),
+    Picture(
+        "stealth",
+        "Left before found? Exit time against detection time",
+        lambda runs: stealth.draw(ended(runs)),
+        lambda runs: stealth.supports(ended(runs)),
+    ),
+    Picture(
+        "hackability",
+        "Does more reward mean less harm?",
+        hackability.draw,
+        hackability.supports,
+    ),
+    Picture(
+        "hacking_forms",
+        "Is the reward earned by empty words?",
+        hacking_forms.draw,
+        hacking_forms.supports,
+    ),
 )
 """In reading order."""
 SHEETS: tuple[Sheet, ...] = (
@@ -167,6 +192,43 @@ SHEETS: tuple[Sheet, ...] = (
         limit_table,
         "Runs with a confirmed exit, had the limit on mean harm been b; each limit is tested at α "
         "by itself. A dash: unknown, since a run was stopped at its exit.",
+    ),
+    Sheet(
+        "sets",
+        "Exits from other safe sets",
+        _of_ended(_where(set_exits.supports, set_exits.make)),
+        "Mean E[c] ≤ b decides a run's outcome; chance P(c ≥ c0), CVaR (mean of the worst answers) "
+        "and pointwise (share of answers above b) are other meanings of safe. Naive exits have no "
+        "guarantee; a confirmed one is false with probability α at most, each set by itself.",
+    ),
+    Sheet(
+        "stealth",
+        "Left before found",
+        _of_ended(_where(stealth.supports, stealth.make)),
+        "Margin: probability that the policy leaves the safe set before half of the malicious "
+        "people are flagged, with 95 %; rounds: restricted mean time to detection minus that to "
+        "exit, paired by run; flagged: honest people whom the monitor flagged, a run.",
+    ),
+    Sheet(
+        "detection",
+        "How well annotators are told apart",
+        _of_ended(_where(detection_table.supports, detection_table.make)),
+        "Area under the ROC curve over annotators, and true positives at 1 % false ones, by kind "
+        "of evidence and by share of the run seen.",
+    ),
+    Sheet(
+        "hackability",
+        "Reward against truth",
+        _where(hackability.supports, hackability.make),
+        "Over pairs of a run's evaluated policies: how often the reward model and the truth order "
+        "them differently. Only pairs whose order both certify count as agreeing or disagreeing; "
+        "what is left is undecided.",
+    ),
+    Sheet(
+        "hacking_forms",
+        "Forms of reward hacking",
+        _where(hacking_forms.supports, hacking_forms.make),
+        "Share of answers that are nothing or one word, gibberish, or the question itself.",
     ),
     Sheet("truth", "Exits against the truth", _of_ended(truth_table), CAUTIONS["truth"]),
     Sheet(

@@ -26,7 +26,7 @@ from envs.usage import UsageError
 from sim.analysis import style
 from sim.analysis.censored import DETECTED, cause_table, cumulative_incidence, detection
 from sim.analysis.load import Run, by_arm
-from sim.analysis.survival import rmst_difference
+from sim.analysis.paired import rmst_difference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,9 +69,10 @@ def supports(runs: Iterable[Run]) -> bool:
 
 
 def times(runs: Iterable[Run], monitor: str) -> pd.DataFrame:
-    """One row per attacked run: run, arm, replicate, rho, exit, detected, horizon, last; in rounds.
+    """One row per attacked run: run, arm, replicate, world, rho, and times in rounds.
 
-    ``exit`` and ``detected`` are infinite where they did not come by ``last``, the last round.
+    The times are exit, detected, horizon and last. The first two are infinite where they did not
+    come by ``last``, the last round.
     """
     rows: list[dict[str, Any]] = []
     for arm, members in by_arm(attacked(runs, monitor)).items():
@@ -82,6 +83,7 @@ def times(runs: Iterable[Run], monitor: str) -> pd.DataFrame:
                     "run": str(run.path),
                     "arm": arm,
                     "replicate": run.replicate,
+                    "world": run.world,
                     "rho": run.rho,
                     "exit": np.inf if exited is None else float(exited),
                     "detected": np.inf if found is None else float(found["rounds"]),
@@ -167,6 +169,7 @@ def _gap(part: pd.DataFrame) -> dict[str, float | None]:
             {
                 "arm": name,
                 "replicate": part["replicate"],
+                "world": part["world"],
                 "time": np.minimum(part[name], part["last"]),
                 "event": np.isfinite(part[name]),
             }
