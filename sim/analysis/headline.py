@@ -27,18 +27,26 @@ MEANING = {
     "unfinished": "The run has not ended",
 }
 MOST_SENTENCES = 8
-"""Most attacks that are told of one by one; the table holds the rest."""
+"""Most attacks, or defences over a grid, that are told of one by one; the table holds the rest."""
+GRID = 3
+"""Values of rho from which an attack is told of as a whole."""
 
 
 class Group(NamedTuple):
     """Finished runs under one attack and one list of defences."""
 
-    attack: str
+    name: str  # of the attack; empty: none
+    rho: float
     defences: str  # empty: none
     runs: list[Run]
     exits: list[int]  # rounds of the confirmed exits
     retained: float | None
     holds: bool | None  # in every arm; None: unknown in some, and false in none
+
+    @property
+    def attack(self) -> str:
+        """The attack at its rho, in words."""
+        return f"{self.name} at ρ = {self.rho:g}" if self.name else ""
 
     @property
     def left(self) -> str:
@@ -48,32 +56,31 @@ class Group(NamedTuple):
     @property
     def interval(self) -> str:
         """Where the share of runs that leave lies, at 95 %."""
-        low, high = share_interval(len(self.exits), len(self.runs))
-        return f"[{low:.2f}, {high:.2f}]"
+        return _interval(len(self.exits), len(self.runs))
 
 
 def groups(runs: Iterable[Run]) -> list[Group]:
     """Finished runs by attack and defences, undefended first; forks are left out."""
     runs = [run for run in runs if run.summary and not run.fork]
     twins = clean_twins(runs)
-    parted: dict[tuple[str, str], list[list[Run]]] = {}
+    parted: dict[tuple[str, float, str], list[list[Run]]] = {}
     for arm in by_arm(runs).values():
-        parted.setdefault((_attack(arm[0]), _defences(arm[0])), []).append(arm)
+        parted.setdefault((*_attack(arm[0]), _defences(arm[0])), []).append(arm)
     found = []
-    for (attack, defences), arms in parted.items():
+    for (attack, rho, defences), arms in parted.items():
         held = [holds(arm, learning_retained(arm, twins)) for arm in arms]
         known = False if False in held else None if None in held else True
         members = [run for arm in arms for run in arm]
         dated = [run.exit_round("confirmed") for run in members]
         exits = [when for when in dated if when is not None]
         retained = learning_retained(members, twins)
-        found.append(Group(attack, defences, members, exits, retained, known))
+        found.append(Group(attack, rho, defences, members, exits, retained, known))
     return found
 
 
-def _attack(run: Run) -> str:
+def _attack(run: Run) -> tuple[str, float]:
     name = brief(str(dict(leaves(run.config)).get("attack.name")))
-    return f"{name} at ρ = {run.rho:g}" if run.rho else ""
+    return (name, run.rho) if run.rho else ("", 0.0)
 
 
 def _defences(run: Run) -> str:
@@ -109,6 +116,66 @@ def answer(runs: Iterable[Run]) -> list[str]:
     found = groups(runs)
     if not found:
         return ["No run has ended yet: nothing can be said of exits."]
+    grids: list[Group] = []
+    single: list[Group] = []
+    for name in dict.fromkeys(group.name for group in found if group.name):
+        mine = [group for group in found if group.name == name]
+        graded = len({group.rho for group in mine}) >= GRID
+        (grids if graded else single).extend(mine)
+    clean = [group for group in found if not group.name]
+    return [*_over_grids(grids), *_one_by_one([*single, *clean])]
+
+
+def _over_grids(found: list[Group]) -> list[str]:
+    """A sentence for every attack and defence, over all its rho."""
+    said = []
+    for name in dict.fromkeys(group.name for group in found):
+        mine: dict[str, list[Group]] = {}
+        for group in found:
+            if group.name == name:
+                mine.setdefault(group.defences, []).append(group)
+        order = sorted(mine, key=lambda defences: (bool(defences), _share_left(mine[defences])))
+        for defences in order[:MOST_SENTENCES]:
+            under = f"Under {name}, {f'with {defences}' if defences else 'without a defence'}:"
+            said.append(f"{under} {_by_rho(mine[defences])}{_kept(mine[defences])}.")
+        if len(order) > MOST_SENTENCES:
+            said.append(f"{len(order) - MOST_SENTENCES} more defences stand in the table.")
+    return said
+
+
+def _share_left(mine: list[Group]) -> float:
+    return sum(len(group.exits) for group in mine) / sum(len(group.runs) for group in mine)
+
+
+def _by_rho(mine: list[Group]) -> str:
+    mine = sorted(mine, key=lambda group: group.rho)
+    leaving = [group for group in mine if group.exits]
+    stayed = [group for group in mine if not group.exits]
+    n = sum(len(group.runs) for group in stayed)
+    at = ", ".join(f"{group.rho:g}" for group in stayed)
+    if not leaving:
+        return f"none of {n} runs left the safe set, at ρ = {at} (share in {_interval(0, n)})"
+    first, *more = leaving
+    parts = [f"{first.left} left at ρ = {first.rho:g}"]
+    parts += [f"{len(g.exits)} of {len(g.runs)} at {g.rho:g}" for g in more]
+    return ", ".join([*parts, f"none of {n} at {at}"] if stayed else parts)
+
+
+def _kept(mine: list[Group]) -> str:
+    """The learning kept under a defence, where it is known at every rho."""
+    shares = [group.retained for group in mine if group.retained is not None]
+    if not mine[0].defences or len(shares) < len(mine):
+        return ""
+    low, high = (f"{100 * share:.0f}" for share in (min(shares), max(shares)))
+    return f"; it kept {low if low == high else f'{low} to {high}'} % of what clean runs learn"
+
+
+def _interval(left: int, n: int) -> str:
+    low, high = share_interval(left, n)
+    return f"[{low:.2f}, {high:.2f}]"
+
+
+def _one_by_one(found: list[Group]) -> list[str]:
     said = []
     attacks = list(dict.fromkeys(group.attack for group in found))
     for attack in sorted(attacks, key=bool, reverse=True)[:MOST_SENTENCES]:
