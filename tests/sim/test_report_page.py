@@ -137,20 +137,6 @@ def test_samples_cannot_leave_their_data_block(page):
     assert policy[1] == base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
 
 
-def test_many_samples_are_thinned_evenly(runs, monkeypatch):
-    loaded = load_runs([runs])
-    whole = samples.collect(loaded, True)
-    assert samples.told(whole) == "960 recorded comparisons from 120 rounds."
-    monkeypatch.setattr(samples, "MOST", 6 * 8 * 5)
-    some = samples.collect(loaded, True)
-    assert set(some.rows["round"]) == {1, 5, 9, 13, 17} and len(some.rows) == 6 * 8 * 5
-    assert "90 of 120 recorded rounds are left out" in samples.told(some)
-    monkeypatch.setattr(samples, "MOST", 6 * 3)
-    assert len(samples.collect(loaded, True).rows) == 6 * 3
-    monkeypatch.setattr(samples, "MOST_TEXT", 6)
-    assert len(samples.collect(loaded, True).rows) == 6
-
-
 # In a browser.
 
 
