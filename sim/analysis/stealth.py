@@ -199,7 +199,7 @@ def draw(runs: Iterable[Run], ax: Axes | None = None, monitor: str | None = None
     left_out, families = len(families) - MOST_PANELS, families[:MOST_PANELS]
     names = style.short_names(families)
     rhos = sorted(set(table["rho"]))
-    columns = min(COLUMNS, len(families))
+    columns = 2 if len(families) == 4 else min(COLUMNS, len(families))
     rows = -(-len(families) // columns)
     ax = style.axes(ax, 1.2 + 2.7 * columns, rows * (PANEL + HEAD) / 0.77)
     ax.set_axis_off()
