@@ -54,7 +54,8 @@ class Journal:
 
     def commits(self) -> list[dict[str, Any]]:
         """What was committed: round, length and hash of every file, in order."""
-        return max(map(_commits, self._both(COMMITS)), key=len)
+        texts = [f.read_bytes() for f in self._both(COMMITS) if f.is_file()]
+        return max(map(_commits, dict.fromkeys(texts)), key=len, default=[])
 
     def rows(self, commit: dict[str, Any]) -> bytes | None:
         """The rows that ``commit`` vouches for, None if they are damaged or gone."""
@@ -85,10 +86,10 @@ def _line(commit: dict[str, Any]) -> bytes:
     return (dumps(sealed(commit)) + "\n").encode()
 
 
-def _commits(file: Path) -> list[dict[str, Any]]:
-    """The commits in ``file`` until the first that is damaged."""
+def _commits(text: bytes) -> list[dict[str, Any]]:
+    """The commits in ``text`` until the first that is damaged."""
     found: list[dict[str, Any]] = []
-    for line in file.read_bytes().splitlines() if file.is_file() else []:
+    for line in text.splitlines():
         try:
             found.append(opened(line.decode()))
         except ValueError:

@@ -14,21 +14,27 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sim.cli import main
+from sim import flags
 from sim.record import Record
+from sim.seal import read_sealed
+from sim.sweep import sweep
+from sim.sweep_command import grid
 
 ROOT = Path(__file__).parents[2]
 WORDS = (
-    "sweep smoke --jobs 2 --rho 0 .4 --feedback.batch 8 --checkpoint-every 1 --threads 1 "
+    "smoke --rho 0 .4 --feedback.batch 8 --checkpoint-every 1 --threads 1 "
     "--evaluation.every 2 --evaluation.n-harm 8 --evaluation.n-help 8 --rounds"
 ).split()
 
 
-def tree(out: Path) -> dict[str, bytes]:
-    runs = [path.parent for path in out.glob("*/manifest.json")]
-    files = [path for run in runs for path in run.rglob("*") if path.is_file()]
-    other = ("timings.jsonl", ".lock", "manifest.json")  # who commits meanwhile changes the last
-    return {str(p.relative_to(out)): p.read_bytes() for p in files if p.name not in other}
+def tree(out: Path) -> dict[str, Any]:
+    """Everything that equal sweeps share, of manifests without the state of the checkout."""
+    manifests = {path: read_sealed(path) for path in out.glob("*/manifest.json")}
+    files = [path for run in manifests for path in run.parent.rglob("*") if path.is_file()]
+    other = ("timings.jsonl", ".lock")
+    found = {p: p.read_bytes() for p in files if p.name not in other and p not in manifests}
+    facts = {p: {k: v for k, v in m.items() if k != "git"} for p, m in manifests.items()}
+    return {str(path.relative_to(out)): held for path, held in {**found, **facts}.items()}
 
 
 def table(out: Path) -> dict[str, Any]:
@@ -45,7 +51,7 @@ def committed(out: Path) -> dict[str, int]:
 
 def begin(words: list[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "sim.cli", *words],
+        [sys.executable, "-m", "sim.cli", "sweep", *words],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -61,25 +67,26 @@ def test_a_sweep_survives_being_killed(
     embedded_models: Any, tmp_path: Path, kills: int, rounds: int
 ) -> None:
     alone, killed = tmp_path / "alone", tmp_path / "killed"
-    words = [*WORDS, str(rounds), "--out"]
-    assert main([*words, str(alone)]) == 0
+    words = [*WORDS, str(rounds)]
+    configs = grid(*flags.read(words))
+    sweep(configs, alone, 2)
     rng = np.random.default_rng(kills)
     for _ in range(kills):
         before = committed(killed)
-        sweep = begin([*words, str(killed)])
+        driver = begin([*words, "--out", str(killed)])
         end = time.monotonic() + 120
         while rng.random() < 0.996 and committed(killed) == before:  # seldom, while it starts
-            assert sweep.poll() is None and time.monotonic() < end
+            assert driver.poll() is None and time.monotonic() < end
             time.sleep(0.05)
         time.sleep(rng.uniform(0, 0.6))
-        assert sweep.poll() is None, "it was still at work"
+        assert driver.poll() is None, "it was still at work"
         if rng.random() < 0.5:
-            os.killpg(sweep.pid, signal.SIGKILL)
+            os.killpg(driver.pid, signal.SIGKILL)
         else:  # its workers notice
-            sweep.kill()
-        sweep.wait()
+            driver.kill()
+        driver.wait()
         after = committed(killed)
         assert all(after[name] >= count for name, count in before.items()), "none is lost again"
-    assert main([*words, str(killed)]) == 0
+    sweep(configs, killed, 2)
     assert tree(killed) == tree(alone) and len(committed(killed)) == 2
     assert table(killed) == table(alone)

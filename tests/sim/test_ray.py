@@ -14,6 +14,7 @@ import pytest
 from sim import flags
 from sim.cli import main
 from sim.lease import LEASES, owner
+from sim.seal import read_sealed
 from sim.sweep import sweep
 from sim.sweep_command import grid
 from sim.sweep_progress import SweepListener
@@ -38,12 +39,14 @@ def cluster() -> Iterator[Any]:
     made.shutdown()
 
 
-def tree(out: Path) -> dict[str, bytes]:
-    """Everything that equal sweeps share."""
-    runs = [path.parent for path in out.glob("*/manifest.json")]
-    files = [path for run in runs for path in run.rglob("*") if path.is_file()]
+def tree(out: Path) -> dict[str, Any]:
+    """Everything that equal sweeps share, of manifests without the state of the checkout."""
+    manifests = {path: read_sealed(path) for path in out.glob("*/manifest.json")}
+    files = [path for run in manifests for path in run.parent.rglob("*") if path.is_file()]
     other = ("timings.jsonl", ".lock")
-    return {str(p.relative_to(out)): p.read_bytes() for p in files if p.name not in other}
+    found = {p: p.read_bytes() for p in files if p.name not in other and p not in manifests}
+    facts = {p: {k: v for k, v in m.items() if k != "git"} for p, m in manifests.items()}
+    return {str(path.relative_to(out)): held for path, held in {**found, **facts}.items()}
 
 
 class LosesANode(SweepListener):
@@ -83,6 +86,7 @@ def test_two_nodes_make_the_runs_of_the_local_pool_and_the_loss_of_one_loses_non
     assert {(name, 3) for name in heard.ended} <= set(heard.rounds)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_on_the_cluster_is_told_as_in_the_pool(
     cluster: Any, tmp_path: Path
 ) -> None:
