@@ -11,7 +11,7 @@ from sim.analysis.style import BLACK, BLUE, GREY, VERMILION, styled
 from sim.papers.published import BROKEN
 
 STARTS = {"aligned": (BLUE, "o"), "base": (VERMILION, "s")}
-BEFORE = -0.1
+BEFORE = -0.2
 """Where on the axis of shares the models stand before training."""
 SHIFT = {"aligned": -0.006, "base": 0.006}
 """Keeps the error bars of two starts from lying on each other."""
