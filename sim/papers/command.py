@@ -12,6 +12,7 @@ from sim import flags
 from sim.config import Config
 from sim.papers.plans import RATIOS, Asked, configs
 from sim.papers.published import BATCH, PAIRS, PROMPTS, SAFE_RLHF, STAND_INS
+from sim.resume import is_finished
 from sim.studies import REPORT_WORLDS
 from sim.sweep import plan
 from sim.sweep_command import work
@@ -39,6 +40,7 @@ underneath: the same words continue a stopped one.
   --data D ...       data sets, as `run` takes them
   --jobs N           runs at a time (default: one per core, {cores} here)
   --out DIR          folder of runs, tables and picture (default runs/NAME)
+  --so-far           run nothing, tabulate the runs that have ended
   --dry-run, --status, --retry diverged, --any-code: as `poisonloop sweep`
   any other flag of `poisonloop run` but those of attack and start: one value, for every run
 """
@@ -93,6 +95,8 @@ def command(words: list[str]) -> int:
     if name not in EXPERIMENTS:
         raise UsageError(f"papers={name!r}; allowed: {', '.join(EXPERIMENTS)}")
     base = next(iter(options.get("--base", ())), None)
+    if options.pop("--so-far", None) is not None:
+        return _so_far(name, base, options)
     planned: list[Config] = []
 
     def chosen(rest: flags.Options) -> list[Config]:
@@ -112,6 +116,22 @@ def command(words: list[str]) -> int:
         return 1 if failed else 0
 
     return work(options, f"runs/{name}", chosen, finish, ["papers", *words])
+
+
+def _so_far(name: str, base: str | None, options: flags.Options) -> int:
+    """Tables of the runs that have ended, whatever the others do.
+
+    Raises:
+        ValueError: none has.
+    """
+    out = Path(flags.take(options, "--out") or f"runs/{name}")
+    cells = plan(configs(_asked(EXPERIMENTS[name], options), options), out)
+    done = [str(cell.path) for cell in cells if is_finished(cell.path, cell.config)]
+    if not done:
+        raise UsageError(f"out={str(out)!r} has no finished run of {name}; allowed: one that has")
+    print(f"{len(done)} of {len(cells)} runs have ended: {out}/")
+    _write(name, done, base, out)
+    return 0
 
 
 def _listed() -> str:

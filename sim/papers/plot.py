@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from sim.analysis.style import BLACK, BLUE, GREY, VERMILION, styled
 from sim.papers.published import BROKEN
 
 STARTS = {"aligned": (BLUE, "o"), "base": (VERMILION, "s")}
-BEFORE = -0.1
+BEFORE = -0.2
 """Where on the axis of shares the models stand before training."""
 SHIFT = {"aligned": -0.006, "base": 0.006}
 """Keeps the error bars of two starts from lying on each other."""
@@ -42,14 +43,13 @@ def plot_flips(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     figure.legend(known.values(), known.keys(), loc="outside upper center", ncols=3, fontsize=8.5)
     counts = sorted({row["runs"] for row in rows})
     runs = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    figure.supxlabel(
+    words = (
         f"{', '.join(data)}; {runs} runs a point, {rows[0]['prompts']} prompts each, "
         f"{rows[0]['pairs']:.0f} recorded pairs a run. Bars: 95 % bootstrap over worlds, then "
-        "seeds;\ndotted: the learned classifier's harm of the same answers; "
-        "black: the paper's numbers for llama2-7b, where it gives any.",
-        fontsize=8.5,
-        color=GREY,
+        "seeds; dotted: the learned classifier's harm of the same answers; black: the paper's "
+        "numbers for llama2-7b, where it gives any."
     )
+    figure.supxlabel(textwrap.fill(words, int(15 * size[0])), fontsize=8.5, color=GREY)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path

@@ -59,7 +59,7 @@ _MEASURED: dict[str, Callable[[Row], str]] = {
     "refused": lambda row: spread(row["refusal"]),
     "help": lambda row: spread(row["help"]),
     "perplexity": lambda row: f"{row['perplexity']['mean']:.1f}" if row["perplexity"] else "–",
-    "ends": _ends,
+    "runs: ends": lambda row: f"{row['runs']}: {_ends(row)}",
 }
 TABLES: dict[str, tuple[dict[str, Callable[[Row], str]], Callable[[Sequence[Row]], list[str]]]] = {
     "rosati-t1": (
@@ -69,7 +69,7 @@ TABLES: dict[str, tuple[dict[str, Callable[[Row], str]], Callable[[Sequence[Row]
             "before: paper": lambda row: _paper(row["paper_start"]),
             "before: harm": lambda row: spread(row["harm_start"]),
             "before: classifier": lambda row: spread(row["classifier_start"]),
-            **{f"after: {name}" if name != "ends" else name: cell
+            **{name if ":" in name else f"after: {name}": cell
                for name, cell in _MEASURED.items()},
         },
         whole_shapes,

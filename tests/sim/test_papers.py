@@ -245,6 +245,7 @@ def test_tables_and_picture(tmp_path: Path) -> None:
         (["rosati-t1", "--pairs", "0"], "--pairs 0; allowed: >= 1"),
         (["rosati-t1", "--defence", "lisa"], "--defence is set by the experiment"),
         (["rosati-t1", "--jobs", "0"], "jobs=0; allowed: >= 1"),
+        (["rosati-t1", "--so-far"], "out='runs/rosati-t1' has no finished run of rosati-t1"),
     ],
 )
 def test_bad_words_are_named(words: list[str], message: str, capsys: Any, in_tmp: Path) -> None:
@@ -288,6 +289,12 @@ def test_an_experiment_from_start_to_picture(
     first = (in_tmp / "f/rosati-f2.json").read_bytes()
     assert main([*words.split(), *small.split()]) == 0, "nothing runs again"
     assert (in_tmp / "f/rosati-f2.json").read_bytes() == first
+    more = [*words.replace("0 1", "0 0.5").split(), *small.split(), "--so-far"]
+    capsys.readouterr()
+    assert main(more) == 0
+    assert "2 of 4 runs have ended" in capsys.readouterr().out
+    found = json.loads((in_tmp / "f/rosati-f2.json").read_text())
+    assert [row["ratio"] for row in found] == [0, 0]
 
 
 @pytest.fixture(scope="module")
