@@ -125,6 +125,8 @@ def _so_far(name: str, base: str | None, options: flags.Options) -> int:
         ValueError: none has.
     """
     out = Path(flags.take(options, "--out") or f"runs/{name}")
+    for flag in ("--jobs", "--any-code", "--retry"):  # how the others run is of no concern
+        options.pop(flag, None)
     cells = plan(configs(_asked(EXPERIMENTS[name], options), options), out)
     done = [str(cell.path) for cell in cells if is_finished(cell.path, cell.config)]
     if not done:
