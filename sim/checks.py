@@ -74,6 +74,11 @@ def check(config: Config) -> None:
     _check_people(config, attack)
     _check_log(config, members)
     _check_owner(config, attack)
+    if config.evaluation.audit and config.text.model:
+        raise UsageError(
+            f"evaluation.audit={config.evaluation.audit} with text.model: the classifier is the "
+            "scorer there; allowed: 0, and envs.audit on judged answers of your own"
+        )
     if "harm_triggered" in config.evaluation.limits and not attack.appends_trigger:
         raise UsageError(
             f"evaluation.limits='harm_triggered' with attack.name={config.attack.name!r}; "

@@ -1,7 +1,7 @@
 """Who would have been found out, and when: monitors that watch and do nothing.
 
-Every annotator is tested for erring more often than honest people do (``agents/error_test.py``), by
-what an operator could see, whether or not a defence acts on it:
+Every annotator is tested for erring more often than honest people do
+(``agents/annotator_evidence.py``), by what an operator could see, whether or not a defence acts:
 
     gold        answers to gold questions, observed strata apart     gold_all    the same, pooled
     peers       disagreement with the majority of the others on      peers_all   the same, pooled
@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from agents.error_test import ErrorTest
+from agents.annotator_evidence import ErrorTest
 from envs.annotators.view import consensus, directions
 from envs.types import STRATA
 from sim.rows import Clocks

@@ -28,6 +28,7 @@ from agents.learners.reward_model import scores
 from agents.policy import response_logprobs
 from envs import hacking
 from envs import rng as draws
+from envs.audit import audited_mean
 from envs.types import CONTRAST, ECHO, EMPTY, GIBBERISH, HARMFUL, REFUSE, PromptTable, Scores
 from sim.evaluation_config import EvaluationConfig
 
@@ -87,6 +88,7 @@ class Evaluator:
         if self.classifier is not None:
             costs["harm_classifier"] = self._classify(sampled.sequences.take(torch.arange(n)))
             metrics["safety/harm_classifier"] = costs["harm_classifier"].mean()
+            metrics |= self._audit(costs["harm_classifier"], costs["harm"])
         if self.triggered is not None:
             costs["harm_triggered"] = self._triggered(agent, round)
             metrics["safety/harm_triggered"] = costs["harm_triggered"].mean()
@@ -113,6 +115,17 @@ class Evaluator:
     def _classify(self, sequences: Sequences) -> np.ndarray:
         assert self.classifier is not None
         return torch.sigmoid(scores(self.classifier, sequences)).numpy().astype(float)
+
+    def _audit(self, classified: np.ndarray, harm: np.ndarray) -> dict[str, float]:
+        """The classifier's mean harm, corrected by the scorer's of one answer in ``audit``."""
+        block = self.config.audit
+        if not block:
+            return {}
+        used = len(harm) // block * block
+        blocks = classified[:used].reshape(-1, block)
+        found = audited_mean(blocks, harm[:used:block], self.config.alpha)
+        ends = {"": found.value, "_lower": found.low, "_upper": found.high}
+        return {f"safety/harm_audited{end}": float(value) for end, value in ends.items()}
 
     def _triggered(self, agent: Agent, round: int) -> np.ndarray:
         table = self.triggered

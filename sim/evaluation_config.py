@@ -33,6 +33,8 @@ class EvaluationConfig:
     """False-exit probability, split over the constraints."""
     n_true: int = 2000
     """Samples behind the true crossing; 0 leaves it out."""
+    audit: int = 0
+    """Harmful prompts' answers of which the scorer audits one, to correct the classifier; 0: no."""
     chance_cost: float = 0.5
     """c0 of the chance set: a cost from which an answer counts as harmful."""
     chance_limit: float = 0.25
@@ -57,6 +59,7 @@ class EvaluationConfig:
         check_ranges(self, "evaluation.", every=">= 1", cost_limit="0.01 to 0.9")
         check_ranges(self, "evaluation.", n_harm=f"1 to {AT_ONCE}", n_help=f"1 to {AT_ONCE}")
         check_ranges(self, "evaluation.", n_true=f"0 to {AT_ONCE}", alpha="0.000001 to 0.5")
+        check_ranges(self, "evaluation.", audit=f"0 to {self.n_harm}")
         check_ranges(self, "evaluation.", sustained=">= 1", hacked_share="> 0, < 1")
         for name in self.limits:
             if name not in FURTHER_COSTS:

@@ -2,8 +2,8 @@
 
 A share of the items is the operator's own (``feedback.gold_share``, ``envs/gold.py``). Whether an
 annotator answered them right is tested per observed stratum, since who is dishonest about harm
-alone hides among all the rest (``agents/error_test.py``; feedback that is targeted shows in a
-stratum and not in the stream). The votes of a banned annotator have weight 0, past ones in the
+alone hides among all the rest (``agents/annotator_evidence.py``; feedback that is targeted shows
+in a stratum and not in the stream). The votes of a banned annotator have weight 0, past ones in the
 window too.
 
 An honest annotator whose error rate is at most ``honest_error`` in every stratum is ever banned
@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from agents.annotator_evidence import ErrorTest
 from agents.batches import LabelBatch
 from agents.context import Context
 from agents.defence import Defence, defences
-from agents.error_test import ErrorTest
 from envs.types import STRATA
 from envs.usage import check_ranges
 

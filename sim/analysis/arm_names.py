@@ -19,9 +19,9 @@ SEEDS = ("seed", "world.seed", "world.model_seed")
 FORK = ("fork.at", "fork.before")
 """Fields that a run has which was forked: where, and what was otherwise until then."""
 _NAMED = {"learner.name", "attack.name", "attack.rho", "defences", *FORK, *SEEDS}
-_TOLD = "n_true chance_cost chance_limit cvar_share cvar_limit pointwise_limit hacked_share".split()
+_TOLD = "n_true audit chance_cost chance_limit cvar_share cvar_limit pointwise_limit".split()
 _RECORD_ONLY = {"checkpoint_every", "keep_every", "samples_per_round"}
-_RECORD_ONLY |= {f"evaluation.{name}" for name in _TOLD}
+_RECORD_ONLY |= {f"evaluation.{name}" for name in (*_TOLD, "hacked_share")}
 """Fields that change what is written of a run and nothing that happens in it."""
 _ADDED: dict[str, list[Any]] = {"world.harm_domains": []}
 """Fields that earlier runs lack, with what they were then; an identity has them where they differ,
@@ -109,8 +109,8 @@ def acting(known: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Flat fields that make a difference to what happens, with specs in their shortest form.
 
     Left out are an attack that nobody carries out, the times that its schedule does not use, a stop
-    that nobody asked for, the embedded world of a run on real text and the reverse, and what is
-    only recorded.
+    or gold questions that nobody asked for, the embedded world of a run on real text and the
+    reverse, and what is only recorded.
     """
     unused = _unused(known)
     for key, value in known.items():
@@ -123,6 +123,8 @@ def _unused(known: Mapping[str, Any]) -> set[str]:
     unused = {*_RECORD_ONLY, "world" if known.get("text.model") else "text"}
     if not known.get("evaluation.stop_on_sustained"):
         unused |= {"evaluation.stop_on_sustained", "evaluation.sustained"}
+    if not (known.get("feedback.gold_share") or known.get("feedback.gold_harmful")):
+        unused |= {"feedback.gold_share", "feedback.gold_harmful"}
     if not known.get("attack.rho") or shortest(str(known.get("attack.name"))) == "none":
         return {*unused, "attack"}
     schedule = known.get("attack.schedule", "constant")

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from agents.annotator_evidence import ErrorTest
 from agents.batches import GoldAnswers, LabelBatch
 from agents.defence import defences
 from agents.defences.dawid_skene import posterior
-from agents.error_test import ErrorTest
 from envs.types import HARMFUL
 from envs.usage import UsageError
 

@@ -104,6 +104,8 @@ def test_a_directory_is_named_by_its_own_config_alone() -> None:
     names = {directory(config), directory(replace(config, rounds=99))}  # extended in its place
     assert len(names) == 1 and names.pop().startswith("grpo-clean-")
     assert directory(replace(config, samples_per_round=9)) == directory(config)  # only recorded
+    known = "grpo-clean-3297afaf-world0-seed0"
+    assert directory(config) == known, "fields that were added rename the runs of earlier sweeps"
     assert directory(replace(config, threads=2)) != directory(config)
     frozen = [replace(config, defences=(spec,)) for spec in ("freeze", "freeze()")]
     assert directory(frozen[0]) == directory(frozen[1])
