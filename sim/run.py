@@ -116,6 +116,7 @@ def _run(
         record.write(0, {"round": 0, **clocks.columns(), **measured(0, first)})
         save(0)
     else:
+        state = {"detection": detection.state_dict(), **state}  # an older version's run had none
         others = [name for name in parts if name != "agent"]
         observation = {name: parts[name].load_state_dict(state[name]) for name in others}["env"]
         if monitor.planned < planned_evaluations(config):  # the run is extended

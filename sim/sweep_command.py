@@ -20,7 +20,7 @@ from sim.config import Config
 from sim.presets import PRESETS
 from sim.studies import STUDIES
 from sim.sweep import plan, sweep
-from sim.sweep_file import from_sweep_file, is_sweep_file
+from sim.sweep_file import ENDINGS, from_sweep_file, is_sweep_file
 from sim.sweep_progress import sweep_progress
 from sim.sweep_status import print_status, standing
 from sim.sweep_table import print_table
@@ -63,12 +63,18 @@ def command(words: list[str]) -> int:
     if is_sweep_file(preset):
         preset, filed = from_sweep_file(str(preset))
         options = {**filed, **options}
-    elif preset in STUDIES and preset not in PRESETS:
-        preset, options = None, {"--study": [str(preset)], **options}
+    if preset in STUDIES and preset not in PRESETS:
+        studies = [str(preset), *options.get("--study", [])]  # two are refused
+        preset, options = None, {**options, "--study": studies}
     if "--help" in options:
         lists = {"studies": ", ".join(STUDIES), "presets": ", ".join(PRESETS)}
         print(USAGE.format(cores=os.cpu_count(), **lists), end="")
         return 0
+    if preset not in (None, *PRESETS):
+        raise UsageError(
+            f"sweep={preset!r}; allowed: a preset ({', '.join(PRESETS)}), a study "
+            f"({', '.join(STUDIES)}), or a file that ends in {', '.join(ENDINGS)}"
+        )
     claimed = options.get("--study") == ["learners"]
 
     def chosen(rest: flags.Options) -> list[Config]:
@@ -227,5 +233,8 @@ def study(preset: str | None, options: flags.Options) -> list[Config]:
         raise UsageError(f"study={name!r}; allowed: {', '.join(STUDIES)}")
     further = [*options, *([preset] if preset else [])]
     if further:
-        raise UsageError(f"{further[0]} with --study; allowed: --out and --jobs")
+        raise UsageError(
+            f"{further[0]} with --study {name}, which sets its runs itself; allowed: --out, "
+            "--jobs, --status, --dry-run, --retry, --any-code, --backend, --address, --track"
+        )
     return STUDIES[name]()

@@ -35,6 +35,7 @@ class _Log(NamedTuple):
     errors: dict[str, pd.DataFrame]  # by kind: round, annotator, stratum, wrong
     labels: pd.Series  # rounds of all votes cast
     malicious: np.ndarray  # (people,) bool
+    voted: np.ndarray  # (people,) bool; of the others the record does not say what they are
     rounds: int
 
 
@@ -55,7 +56,7 @@ def make(runs: Iterable[Run]) -> pd.DataFrame:
     Returns:
         Columns arm, rho, evidence (of :data:`EVIDENCE`), labels (votes cast by then, mean), runs,
         auc, error (standard error over runs, None for one), tpr, malicious, honest (people in all
-        runs).
+        runs who voted at all; auc and tpr are NaN without one of each).
 
     Raises:
         ValueError: no run with malicious annotators and evidence about them.
@@ -82,7 +83,8 @@ def make(runs: Iterable[Run]) -> pd.DataFrame:
 def _read(run: Run) -> _Log:
     labels = run.table("labels").merge(run.table("truth"), on="label_id", sort=True)
     people = int(run.config["feedback"]["annotators"])
-    malicious = np.zeros(people, bool)
+    malicious, voted = np.zeros((2, people), bool)
+    voted[labels["annotator"]] = True
     malicious[labels.loc[labels["adversarial"], "annotator"]] = True
     errors = {}
     gold = run.table("gold")
@@ -91,15 +93,18 @@ def _read(run: Run) -> _Log:
     direction = directions(labels["a"], labels["b"], labels["vote"])
     others = consensus(labels["item"].to_numpy(), direction)
     judged = (direction != 0) & (others != 0)
-    if judged.any() and "stratum" in labels:
+    if judged.any() and "stratum" in labels and labels["stratum"].notna().all():
         errors["peers"] = labels.assign(wrong=direction != others)[judged]
     rounds = int(run.rounds["round"].max())
-    return _Log(errors, labels.loc[direction != 0, "round"], malicious, rounds)
+    return _Log(errors, labels.loc[direction != 0, "round"], malicious, voted, rounds)
 
 
 def _row(logs: list[_Log], evidence: str, share: float) -> dict[str, Any]:
     scores = [_score(log, evidence, share) for log in logs]
-    parted = [(s[log.malicious], s[~log.malicious]) for log, s in zip(logs, scores, strict=True)]
+    parted = [
+        (s[log.malicious], s[log.voted & ~log.malicious])
+        for log, s in zip(logs, scores, strict=True)
+    ]
     areas = [auc(*sides) for sides in parted]
     malicious, honest = map(np.concatenate, zip(*parted, strict=True))
     seen = [(log.labels < share * log.rounds).sum() for log in logs]
@@ -140,7 +145,12 @@ def auc(malicious: np.ndarray, honest: np.ndarray) -> float:
 
 
 def tpr(malicious: np.ndarray, honest: np.ndarray, fpr: float = FPR) -> float:
-    """Share of (m,) scores above the lowest that at most a share ``fpr`` of (h,) exceed."""
+    """Share of (m,) scores above the lowest that at most a share ``fpr`` of (h,) exceed.
+
+    NaN without both.
+    """
+    if not len(malicious) or not len(honest):
+        return float("nan")
     allowed = int(fpr * len(honest) + 1e-9)
     limit = np.sort(honest)[::-1][allowed]  # whoever is above it: at most ``allowed``
     return float((malicious > limit).mean())

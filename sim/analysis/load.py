@@ -149,7 +149,9 @@ def read_parts(parts: Iterable[Path]) -> pd.DataFrame:
 
     # Parts are small: what opening one costs is what counts, and threads cost more than they save.
     tables = [pq.ParquetFile(part, pre_buffer=False).read(use_threads=False) for part in parts]
-    return pa.concat_tables(tables).to_pandas() if tables else pd.DataFrame()
+    if not tables:
+        return pd.DataFrame()
+    return pa.concat_tables(tables, promote_options="default").to_pandas()  # later parts have more
 
 
 def _origin(fork: dict[str, Any]) -> dict[str, Any]:

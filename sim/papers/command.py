@@ -46,6 +46,10 @@ underneath: the same words continue a stopped one.
 """
 
 
+RUNNING = ("--jobs", "--any-code", "--retry", "--backend", "--address", "--track")
+"""Flags that say how runs are run, not which."""
+
+
 class Experiment(NamedTuple):
     """One table or figure."""
 
@@ -125,7 +129,7 @@ def _so_far(name: str, base: str | None, options: flags.Options) -> int:
         ValueError: none has.
     """
     out = Path(flags.take(options, "--out") or f"runs/{name}")
-    for flag in ("--jobs", "--any-code", "--retry"):  # how the others run is of no concern
+    for flag in RUNNING:  # how the others run is of no concern
         options.pop(flag, None)
     cells = plan(configs(_asked(EXPERIMENTS[name], options), options), out)
     done = [str(cell.path) for cell in cells if is_finished(cell.path, cell.config)]
@@ -146,6 +150,9 @@ def _asked(known: Experiment, options: flags.Options) -> Asked:
     Raises:
         ValueError: a bad value, or data and models that do not belong together.
     """
+    for flag in ("--learner", "--ratios", "--worlds", "--data"):
+        if options.get(flag) == []:
+            raise UsageError(f"{flag} has no value; allowed: one or more")
     model, base = flags.take(options, "--model"), flags.take(options, "--base")
     data = tuple(options.pop("--data", ()))
     if bool(model) != bool(data):

@@ -54,7 +54,9 @@ BAD_INPUT = {
     "sweep seeds": ("sweep --seeds x", ["--seeds x", "whole number"]),
     "sweep jobs": ("sweep --jobs 0", ["jobs=0", ">= 1"]),
     "sweep study": ("sweep --study nothing", ["study='nothing'", "demo"]),
-    "study flags": ("sweep --study demo --rho 1", ["--rho", "--out and --jobs"]),
+    "study flags": ("sweep --study demo --rho 1", ["--rho", "--out, --jobs, --status"]),
+    "two studies": ("sweep judges --study demo", ["--study judges demo; allowed: one value"]),
+    "sweep of what": ("sweep exit-time", ["sweep='exit-time'", "smoke", "exit-times", ".yaml"]),
 }  # fmt: skip
 
 

@@ -245,6 +245,9 @@ def test_tables_and_picture(tmp_path: Path) -> None:
         (["rosati-t1", "--pairs", "0"], "--pairs 0; allowed: >= 1"),
         (["rosati-t1", "--defence", "lisa"], "--defence is set by the experiment"),
         (["rosati-t1", "--jobs", "0"], "jobs=0; allowed: >= 1"),
+        (["rosati-t1", "--worlds", "--dry-run"], "--worlds has no value; allowed: one or more"),
+        (["rosati-f2", "--ratios", "--dry-run"], "--ratios has no value; allowed: one or more"),
+        (["rosati-t1", "--so-far", "--track", "tensorboard"], "has no finished run of rosati-t1"),
         (["rosati-t1", "--so-far"], "out='runs/rosati-t1' has no finished run of rosati-t1"),
     ],
 )

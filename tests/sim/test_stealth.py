@@ -1,6 +1,7 @@
 """Detection beside exits: monitors in a run, tables and pictures of what they found."""
 
 import json
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from envs.types import HARMFUL, VOTE_A, VOTE_B, GoldLog, Labels
 from envs.usage import UsageError
 from sim.analysis import detection_table, stealth
 from sim.analysis.censored import DETECTED, cause_table, cumulative_incidence
-from sim.analysis.load import load_run, load_runs
+from sim.analysis.load import load_run, load_runs, read_parts
 from sim.config import AttackConfig, Config, EvaluationConfig, FeedbackConfig
 from sim.detection import Detection
 from sim.rows import Clocks
@@ -148,6 +149,37 @@ def test_a_resumed_run_is_the_same_bytes(finished, tmp_path):
             run(SMALL, tmp_path / "killed")
     run(SMALL, tmp_path / "killed", resume=True)
     assert identity(tmp_path / "killed") == identity(path)
+
+
+def test_who_never_voted_is_nobody_s_honest_annotator():
+    """At rho = 1 the record has no honest people, whoever of the others kept silent."""
+    answers = pd.DataFrame({"round": 0, "annotator": [0, 1], "stratum": 0, "wrong": [True, False]})
+    bad = np.array([True, True, False])
+    log = detection_table._Log({"gold": answers}, answers["round"], bad, bad, 1)
+    row = detection_table._row([log], "gold", 1.0)
+    assert row["honest"] == 0 and np.isnan([row["auc"], row["tpr"]]).all()
+
+
+@pytest.mark.world
+def test_a_run_that_an_older_version_began_is_watched_from_there(tmp_path, embedded_models):
+    """It had no monitors in its state, and no strata in its labels."""
+    from sim.run import run
+
+    blind, path = replace(SMALL, rounds=2), tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["sim.run"], "make_detection", lambda _: Detection(False, False))
+        run(blind, path)
+    summary = run(SMALL, path, resume=True)
+    rows = load_run(path).rounds
+    assert rows["detect/gold"].notna().tolist() == [False, False, False, True, True]
+    assert "gold" in summary["detected"]
+
+
+def test_parts_of_an_older_version_lack_columns(tmp_path):
+    parts = [tmp_path / f"part-{n}.parquet" for n in (1, 2)]
+    pd.DataFrame({"item": [1]}).to_parquet(parts[0])
+    pd.DataFrame({"item": [2], "stratum": [0]}).to_parquet(parts[1])
+    assert read_parts(parts)["stratum"].isna().tolist() == [True, False]
 
 
 @pytest.mark.world
