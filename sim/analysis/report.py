@@ -27,7 +27,7 @@ ANSWER = Sheet(
     "By attack and defence",
     headline.answer_table,
     "Finished runs, pooled over learners, worlds and whatever else differs; forks are left out. "
-    "Shares: Clopper-Pearson.",
+    "Shares: Clopper-Pearson. Median exit: of the runs that left, as if there were no others.",
 )
 
 
