@@ -50,7 +50,7 @@ def collect(runs: Sequence[Run], several: bool) -> Samples:
     for place, run in enumerate(runs):
         since = run.began if several else 0
         parts = [part for part in sorted((run.path / "samples").glob("part-*.parquet"))]
-        parts = [part for part in parts if _round(part) >= since]
+        parts = [part for part in parts if _round(part) > since]  # a part holds the round before
         if not parts:
             continue
         kept, most = _thinned(parts, MOST // len(runs), MOST_TEXT // len(runs))

@@ -81,7 +81,7 @@ def write_samples(path: Path, r: int, rng: np.random.Generator, hostile: str) ->
     words = np.array(["mokel", "tarvi", "bessun", "lirat", "dovane", "quill", "sarn", "pelt"])
     text = [" ".join(rng.choice(words, 6)) for _ in range(24)]
     columns = {
-        "round": [r] * 8,
+        "round": [r - 1] * 8,  # rounds trained before these answers
         "label_id": list(range(64 * r, 64 * r + 8)),
         "item": list(range(64 * r, 64 * r + 8)),
         "prompt": [hostile + t for t in text[:8]],

@@ -1,6 +1,7 @@
 """Which recorded comparisons a report holds."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -19,12 +20,20 @@ def test_many_samples_are_thinned_evenly(tmp_path, monkeypatch):
     assert samples.told(whole) == "960 recorded comparisons from 120 rounds."
     monkeypatch.setattr(samples, "MOST", 6 * 8 * 5)
     some = samples.collect(loaded, True)
-    assert set(some.rows["round"]) == {1, 5, 9, 13, 17} and len(some.rows) == 6 * 8 * 5
+    assert set(some.rows["round"]) == {0, 4, 8, 12, 16} and len(some.rows) == 6 * 8 * 5
     assert "90 of 120 recorded rounds are left out" in samples.told(some)
     monkeypatch.setattr(samples, "MOST", 6 * 3)
     assert len(samples.collect(loaded, True).rows) == 6 * 3
     monkeypatch.setattr(samples, "MOST_TEXT", 6)
     assert len(samples.collect(loaded, True).rows) == 6
+
+
+def test_a_fork_has_its_own_rounds(tmp_path):
+    path = write_run(tmp_path / "run")
+    (run,) = load_runs([path])
+    fork = replace(run, manifest={**run.manifest, "fork": {"at": 15, "changed": {}}})
+    found = samples.collect([fork], True)
+    assert (found.rounds, found.recorded, found.rows["round"].min()) == (5, 5, 15)
 
 
 @pytest.mark.parametrize("damage", [lambda whole: whole[:60], lambda whole: whole[:40] + b"x" * 9])
