@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from itertools import dropwhile
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -35,6 +34,7 @@ from envs.readers import absolute_data, read_rows
 from envs.registry import absolute, is_plugin
 from envs.usage import UsageError
 from sim.config import AttackConfig, Config, registered_learner
+from sim.files import check_out
 from sim.hub import is_hub_id
 from sim.launch import launched
 
@@ -205,23 +205,6 @@ def check_new(out: Path) -> None:
             f"or continue it with `poisonloop resume {shlex.quote(str(out))}`"
         )
     check_out(out)
-
-
-def check_out(out: Path) -> None:
-    """Refuse a place where no directory can be made, before anything is computed for it.
-
-    Raises:
-        ValueError: names the place and the reason.
-    """
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"out={str(out)!r} is a file; allowed: a directory, or a new name")
-    there = next(folder for folder in out.absolute().parents if folder.exists())
-    try:
-        TemporaryDirectory(dir=there).cleanup()
-    except OSError as error:
-        raise UsageError(
-            f"out={str(out)!r}: {error.strerror}; allowed: a place that can be written to"
-        ) from None
 
 
 def check_file(path: Path) -> None:

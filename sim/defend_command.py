@@ -18,11 +18,11 @@ from agents.defence import defences
 from agents.engines.transformers_engine import SamplerConfig
 from envs.usage import UsageError
 from sim import flags
-from sim.checks import check, check_out, settled
+from sim.checks import check, settled
 from sim.closing import retyped
 from sim.config import Config, TextConfig
 from sim.defended import offline_names
-from sim.files import new_folder
+from sim.files import check_out, new_folder
 from sim.presets import PRESETS
 
 USAGE = """\

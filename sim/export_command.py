@@ -6,10 +6,9 @@ from pathlib import Path
 
 from envs.usage import UsageError
 from sim.analysis.load import Run, load_run
-from sim.checks import check_out
 from sim.cli import parser_of
 from sim.export import DATA, FORMATS, TRUTH, Counts, collect, columns, write
-from sim.files import new_folder
+from sim.files import check_out, new_folder
 
 CARD = """\
 ---

@@ -104,6 +104,27 @@ def alone_in(folder: Path, name: str) -> Iterator[None]:
         ) from None
 
 
+def check_out(out: Path, name: str = "out") -> None:
+    """Refuse a place where no directory can be made or filled, before anything is computed for it.
+
+    Args:
+        out: the directory.
+        name: of the argument that it was given by.
+
+    Raises:
+        ValueError: names the place and the reason.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{name}={str(out)!r} is a file; allowed: a directory, or a new name")
+    there = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    try:
+        tempfile.TemporaryDirectory(dir=there).cleanup()
+    except OSError as error:
+        raise UsageError(
+            f"{name}={str(out)!r}: {error.strerror}; allowed: a place that can be written to"
+        ) from None
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """An empty folder beside ``out``, which takes its name when the block has filled it."""

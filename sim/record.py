@@ -208,8 +208,8 @@ class Record:
             "written, or a new run"
         )
 
-    def check(self, only: str = "") -> None:
-        """Compare the files that are kept for good, or those with this prefix, with the commits.
+    def check(self, only: str | tuple[str, ...] = "") -> None:
+        """Compare the files that are kept for good, or those with such a prefix, with the commits.
 
         Raises:
             ValueError: one is damaged or gone.
@@ -255,7 +255,9 @@ class Record:
             raise source._damaged(ROUNDS)
         self.journal.go_back(head, commits[:-1])
 
-    def _check_kept(self, commits: list[dict[str, Any]], only: str = "") -> list[str]:
+    def _check_kept(
+        self, commits: list[dict[str, Any]], only: str | tuple[str, ...] = ""
+    ) -> list[str]:
         """The files of ``commits`` that are there for good, which all must be whole."""
         files = [item for commit in commits for item in commit["files"].items()]
         kept = [(n, f) for n, f in files if n.startswith(only) and n[:12] != "checkpoints/"]

@@ -15,8 +15,8 @@ from envs.monitor import OUTCOMES
 from envs.usage import Interrupted, UsageError
 from sim import flags
 from sim.analysis.arm_names import arm_names
-from sim.checks import check_out
 from sim.config import Config
+from sim.files import check_out
 from sim.presets import PRESETS
 from sim.studies import STUDIES
 from sim.sweep import plan, sweep

@@ -44,8 +44,9 @@ def cells(
         Columns learner, defence, bare (what the cell without the defence is called), attack, rho,
         n, worlds, left (runs that exited), horizon (on the clock); value (share of the horizon, NaN
         where it is unknown), low, high (95 %, bootstrap over worlds, then runs; NaN below
-        ``MIN_SEEDS`` runs); retained and gain (learning retained, mean help gained); and the shares
-        ``asked`` and those of ``RHO``, the latter up to the exit, means over runs.
+        ``MIN_SEEDS`` runs, and of runs that are all alike); retained and gain (learning retained,
+        mean help gained); and the shares ``asked`` and those of ``RHO``, the latter up to the exit,
+        means over runs.
     """
     known = [run for run in runs if run.summary and not run.fork]
     twins = clean_twins(known)
@@ -69,7 +70,7 @@ def cells(
                     "worlds": part["world"].nunique(),
                     "left": int(part["event"].sum()),
                     "horizon": horizon,
-                    **{k: getattr(found, k, None) for k in ("value", "low", "high")},
+                    **_known(found),
                     "retained": learning_retained(group, twins),
                     "gain": _mean(run.summary.get("help_gain") for run in group),
                     ASKED: labels[3],
@@ -132,6 +133,12 @@ def lines(table: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
 def cut_short(run: Run) -> bool:
     """Whether the run ended before its last round: at its exit, by its attacker, diverged."""
     return bool(run.rounds["round"].max() < run.asked) or run.summary.get("occupancy") is None
+
+
+def _known(found: Estimate | None) -> dict[str, float | None]:
+    """Value and interval; runs that are all alike have none, not one of width 0."""
+    shown = ("value", "low", "high") if found and found.error else ("value",)
+    return dict.fromkeys(("value", "low", "high")) | {k: getattr(found, k, None) for k in shown}
 
 
 def _occupancy(runs: list[Run], part: pd.DataFrame, rng: np.random.Generator) -> Estimate | None:

@@ -24,7 +24,7 @@ import pandas as pd
 
 from envs.usage import UsageError, blamed_on
 from sim.analysis.load import Run
-from sim.analysis.survival import MIN_SEEDS, exit_table
+from sim.analysis.survival import MIN_SEEDS, exit_table, left_at
 
 CAUSES = ("diverged", "exit", "collapse")
 """Ends that compete; of those at one time the first counts, as in ``envs.monitor.OUTCOMES``."""
@@ -125,9 +125,12 @@ def detection(run: Run, monitor: str) -> dict[str, int] | None:
 
 def _first_end(run: Run, clock: str, last: float, monitor: str | None) -> tuple[float, str]:
     summary = run.summary
-    keys = {"diverged": "diverged_at", "exit": "exit_confirmed", "collapse": "collapsed_at"}
-    known = {cause: summary[keys[cause]] for cause in CAUSES if summary.get(keys[cause])}
-    times = {cause: float(when[clock]) for cause, when in known.items()}
+    known = {
+        "diverged": summary.get("diverged_at"),
+        "exit": left_at(run),
+        "collapse": summary.get("collapsed_at"),
+    }
+    times = {cause: float(when[clock]) for cause, when in known.items() if when}
     if summary["outcome"] == "diverged":
         times = {"diverged": last, **times}  # what training made, no evaluation saw
     if monitor and (found := detection(run, monitor)):

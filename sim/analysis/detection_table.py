@@ -3,7 +3,8 @@
 Everybody gets a score from what an operator sees, her rate of errors so far: wrong answers to gold
 questions, or disagreement with the majority of the others on an item, over everything or on items
 observed as harmful alone. Rates are shrunk towards the mean of all by one answer, so that who has
-hardly answered stands in the middle.
+hardly answered stands in the middle. People who were never asked for a vote have no part: nobody
+recorded on which side they were.
 
 AUC is the chance that a malicious annotator scores above an honest one (ties count half), within a
 run, averaged over runs. TPR is the share of malicious annotators above the score that at most 1 %
@@ -34,8 +35,8 @@ class _Log(NamedTuple):
 
     errors: dict[str, pd.DataFrame]  # by kind: round, annotator, stratum, wrong
     labels: pd.Series  # rounds of all votes cast
-    malicious: np.ndarray  # (people,) bool
-    voted: np.ndarray  # (people,) bool; of the others the record does not say what they are
+    asked: np.ndarray  # (people,) bool, who was ever asked for a vote
+    malicious: np.ndarray  # (people,) bool, of those
     rounds: int
 
 
@@ -55,8 +56,8 @@ def make(runs: Iterable[Run]) -> pd.DataFrame:
 
     Returns:
         Columns arm, rho, evidence (of :data:`EVIDENCE`), labels (votes cast by then, mean), runs,
-        auc, error (standard error over runs, None for one), tpr, malicious, honest (people in all
-        runs who voted at all; auc and tpr are NaN without one of each).
+        auc, error (standard error over runs, None for one), tpr, malicious, honest (people who were
+        asked in all runs; without both AUC and TPR are NaN).
 
     Raises:
         ValueError: no run with malicious annotators and evidence about them.
@@ -83,8 +84,8 @@ def make(runs: Iterable[Run]) -> pd.DataFrame:
 def _read(run: Run) -> _Log:
     labels = run.table("labels").merge(run.table("truth"), on="label_id", sort=True)
     people = int(run.config["feedback"]["annotators"])
-    malicious, voted = np.zeros((2, people), bool)
-    voted[labels["annotator"]] = True
+    asked, malicious = np.zeros((2, people), bool)
+    asked[labels["annotator"]] = True
     malicious[labels.loc[labels["adversarial"], "annotator"]] = True
     errors = {}
     gold = run.table("gold")
@@ -96,14 +97,14 @@ def _read(run: Run) -> _Log:
     if judged.any() and "stratum" in labels and labels["stratum"].notna().all():
         errors["peers"] = labels.assign(wrong=direction != others)[judged]
     rounds = int(run.rounds["round"].max())
-    return _Log(errors, labels.loc[direction != 0, "round"], malicious, voted, rounds)
+    return _Log(errors, labels.loc[direction != 0, "round"], asked, malicious, rounds)
 
 
 def _row(logs: list[_Log], evidence: str, share: float) -> dict[str, Any]:
     scores = [_score(log, evidence, share) for log in logs]
     parted = [
-        (s[log.malicious], s[log.voted & ~log.malicious])
-        for log, s in zip(logs, scores, strict=True)
+        (score[log.malicious], score[log.asked & ~log.malicious])
+        for log, score in zip(logs, scores, strict=True)
     ]
     areas = [auc(*sides) for sides in parted]
     malicious, honest = map(np.concatenate, zip(*parted, strict=True))
@@ -145,10 +146,7 @@ def auc(malicious: np.ndarray, honest: np.ndarray) -> float:
 
 
 def tpr(malicious: np.ndarray, honest: np.ndarray, fpr: float = FPR) -> float:
-    """Share of (m,) scores above the lowest that at most a share ``fpr`` of (h,) exceed.
-
-    NaN without both.
-    """
+    """Share of (m,) scores above the lowest that at most a share ``fpr`` of (h,) exceed, or NaN."""
     if not len(malicious) or not len(honest):
         return float("nan")
     allowed = int(fpr * len(honest) + 1e-9)

@@ -173,8 +173,8 @@ SHEETS: tuple[Sheet, ...] = (
         "Time in the safe set, by learner, defence, attack and ρ",
         cell_table,
         "Time inside: restricted mean time to the confirmed exit, as a share of the rounds; low "
-        "and high: 95 %, bootstrap over worlds, then seeds, too narrow of few worlds. Shares: what "
-        "ρ came to, up to the exit.",
+        "and high: 95 %, bootstrap over worlds, then seeds, too narrow of few worlds; a dash where "
+        "runs are few or all alike. Shares: what ρ came to, up to the exit.",
     ),
     Sheet("incidence", "Ends that compete", _of_ended(incidence_table), CAUTIONS["ends"]),
     Sheet("dose", "Dose and response", _of_ended(dose_table), CAUTIONS["dose"]),

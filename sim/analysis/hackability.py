@@ -29,16 +29,15 @@ import pandas as pd
 
 from envs.usage import UsageError
 from sim.analysis import style
-from sim.analysis.claims import nested_interval
 from sim.analysis.load import Run, by_arm
-from sim.analysis.survival import MIN_SEEDS
+from sim.analysis.paired import nested_weights, with_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TRUTHS = {"harm": ("safety/harm", -1), "utility": ("utility", 1)}
 """Column of each truth, and its sign: more of it is better or worse."""
-ALPHA, MOST_ARMS = 0.05, 20
+ALPHA, MOST_ARMS, DRAWS = 0.05, 20, 2000
 SPREAD = 1.5
 """Largest standard deviation of the utility of one kind of prompt, which spans an interval of 3."""
 
@@ -133,20 +132,18 @@ def disagreement(runs: Iterable[Run], truth: str = "harm") -> Share | None:
     Raises:
         ValueError: an unknown truth.
     """
-    found = [(run.config.get("world", {}).get("seed"), ordered_pairs(run, truth)) for run in runs]
+    found = [(run.world, ordered_pairs(run, truth)) for run in runs]
     found = [(world, pairs) for world, pairs in found if pairs.pairs]
     if not found:
         return None
     shares = np.array([(p.disagree, p.agree, p.undecided) for _, p in found], float)  # (runs, 3)
     shares /= np.array([[p.pairs] for _, p in found])
-    low = high = None
-    if len(found) >= MIN_SEEDS:
-        groups: dict[object, list[float]] = {}
-        for (world, _), share in zip(found, shares[:, 0], strict=True):
-            groups.setdefault(world, []).append(share)
-        low, high = nested_interval([np.array(group) for group in groups.values()])
+    worlds = np.array([world for world, _ in found])
+    weights = nested_weights(worlds, np.random.default_rng(0), DRAWS)
     disagree, agree, undecided = (float(share) for share in shares.mean(0))
-    return Share(disagree, agree, undecided, low, high, len(found))
+    means = weights @ shares[:, 0] / weights.sum(1)
+    over = with_interval(disagree, means, len(found))
+    return Share(disagree, agree, undecided, over.low, over.high, len(found))
 
 
 def make(runs: Iterable[Run]) -> pd.DataFrame:

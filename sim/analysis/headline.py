@@ -17,7 +17,7 @@ from sim.analysis.arm_names import leaves
 from sim.analysis.claims import share_interval
 from sim.analysis.load import Run, by_arm
 from sim.analysis.retained import RETAINED, clean_twins, holds, learning_retained
-from sim.analysis.survival import MIN_SEEDS
+from sim.analysis.survival import MIN_SEEDS, ended_unconfirmed
 
 MEANING = {
     "safe": "The policy stayed in the safe set",
@@ -267,8 +267,14 @@ def cautions(runs: Iterable[Run]) -> list[str]:
     sources = {str(run.summary.get("harm_source", "")) for run in ended} - {""}
     if judged := sorted(name for name in sources if "oracle" not in name):
         said.append(f"Harm is what this says, not the truth: {'; '.join(judged)}.")
-    if any(run.config.get("evaluation", {}).get("stop_on_exit") for run in runs):
-        said.append("Runs stop at their confirmed exit: what comes after it was not seen.")
+    for field, kind in (("stop_on_exit", "confirmed"), ("stop_on_sustained", "sustained")):
+        if any(run.config.get("evaluation", {}).get(field) for run in runs):
+            said.append(f"Runs stop at their {kind} exit: what comes after it was not seen.")
+    if early := sum(map(ended_unconfirmed, ended)):
+        said.append(
+            f"{early} of {len(ended)} runs were stopped at a sustained exit before one was "
+            "confirmed: times inside take them as out from there, numbers of runs that left do not."
+        )
     said.append(
         f"An arm holds if every run stays inside, ends at or below the limit, and at least "
         f"{100 * RETAINED:.0f} % of what clean runs of the same seeds learned is kept."
@@ -280,9 +286,11 @@ def ending(run: Run) -> str:
     """How a run ended, in a sentence."""
     summary: dict[str, Any] = run.summary
     words = MEANING[summary.get("outcome", "unfinished")]
+    if summary.get("outcome") == "safe" and (summary.get("harm_end") or 0) > run.limit:
+        words = "The policy ended above the limit, but no exit was confirmed"
     exits = [
         f"{kind} exit in round {when}"
-        for kind in ("naive", "confirmed", "true")
+        for kind in ("naive", "confirmed", "sustained", "true")
         if (when := run.exit_round(kind)) is not None
     ]
     if summary.get("bracket"):

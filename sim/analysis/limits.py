@@ -1,7 +1,8 @@
 """Would another limit have said otherwise? Confirmed exits by the limit b on mean harm.
 
 The monitor tests every limit of its curve tau(b) by an e-process of its own, each at level alpha.
-A run that was stopped at its exit says nothing of higher limits: it might have reached them.
+A run that was stopped at its exit says nothing of higher limits: it might have reached them. One
+that was stopped at a sustained exit, none confirmed, says nothing of those that it had not left.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from envs.usage import UsageError
 from sim.analysis import style
 from sim.analysis.cells import cut_short
 from sim.analysis.load import Run, by_arm
+from sim.analysis.survival import ended_unconfirmed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +31,8 @@ def exit_shares(runs: Iterable[Run]) -> pd.DataFrame:
 
     Returns:
         Columns arm, limit, left, n, one row each where every run of the arm knows; a limit above
-        that at which a run was stopped is not known.
+        that at which a run was stopped is not known, nor one that it had not left at a sustained
+        exit which ended it unconfirmed.
     """
     rows = []
     for arm, members in by_arm(run for run in runs if run.summary.get("tau_b")).items():
@@ -41,6 +44,8 @@ def exit_shares(runs: Iterable[Run]) -> pd.DataFrame:
 
 
 def _known(run: Run) -> list[str]:
+    if ended_unconfirmed(run):
+        return [b for b, left in run.summary["tau_b"].items() if left["confirmed"]]
     short = run.summary["exit_confirmed"] is not None and cut_short(run)
     return [b for b in run.summary["tau_b"] if not short or float(b) <= run.limit + 1e-9]
 
@@ -98,7 +103,10 @@ def plot_limits(runs: Iterable[Run], ax: Axes | None = None) -> Axes:
     for spine in ax.spines.values():
         spine.set_visible(False)
     ax.set_title("Who left, had the limit been another?")
-    short = any(run.summary.get("exit_confirmed") and cut_short(run) for run in runs)
+    short = any(
+        run.summary.get("exit_confirmed") and cut_short(run) or ended_unconfirmed(run)
+        for run in runs
+    )
     stopped = " Empty: unknown, since a run was stopped at its exit." if short else ""
     rest = f" {total - len(arms)} more arms have no row." if total > len(arms) else ""
     style.caption(

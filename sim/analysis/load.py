@@ -143,12 +143,23 @@ class Run:
 
 
 def read_parts(parts: Iterable[Path]) -> pd.DataFrame:
-    """Join parts of a table; empty if there are none."""
+    """Join parts of a table; empty if there are none.
+
+    Raises:
+        ValueError: a part cannot be read.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     # Parts are small: what opening one costs is what counts, and threads cost more than they save.
-    tables = [pq.ParquetFile(part, pre_buffer=False).read(use_threads=False) for part in parts]
+    tables = []
+    for part in parts:
+        try:
+            tables.append(pq.ParquetFile(part, pre_buffer=False).read(use_threads=False))
+        except (pa.ArrowException, OSError) as error:
+            raise UsageError(
+                f"{str(part)!r} is damaged ({error}); allowed: the file as it was written"
+            ) from None
     if not tables:
         return pd.DataFrame()
     return pa.concat_tables(tables, promote_options="default").to_pandas()  # later parts have more

@@ -20,13 +20,14 @@ from sim.analysis.gallery import PICTURES, SHEETS, Picture, Sheet
 from sim.analysis.load import Run, by_arm, load_runs
 from sim.analysis.page_tables import write_tables
 from sim.analysis.plots import plot_cost_trace, plot_reward_vs_harm, plot_rho
+from sim.files import check_out
 
 ANSWER = Sheet(
     "answer",
     "By attack and defence",
     headline.answer_table,
     "Finished runs, pooled over learners, worlds and whatever else differs; forks are left out. "
-    "Shares: Clopper-Pearson.",
+    "Shares: Clopper-Pearson. Median exit: of the runs that left, as if there were no others.",
 )
 
 
@@ -52,7 +53,8 @@ def write_report(
         The files written, the page first, then pictures, then tables.
 
     Raises:
-        ValueError: no run, an unreadable run, or several runs without ``out``.
+        ValueError: no run, an unreadable run, several runs without ``out``, or a place that cannot
+            be written to.
     """
     given = [Path(path) for path in run_dirs]
     runs = load_runs(given)
@@ -62,6 +64,9 @@ def write_report(
     page = out if out.suffix == ".html" else out / "report.html"
     if page.is_dir():
         raise UsageError(f"out={str(page)!r} is a folder; allowed: a file to write the page to")
+    check_out(page.parent)
+    folder = page.parent / "tables" if tables is None else Path(tables)
+    check_out(folder, "tables")
     runs = [run for members in by_arm(runs).values() for run in members]
     several = len(runs) > 1
     line = ["poisonloop", "report", *map(str, _shortest(given))]
@@ -73,7 +78,6 @@ def write_report(
     document = _document(runs, figures, sheets, said, line)
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(document, encoding="utf-8")
-    folder = page.parent / "tables" if tables is None else Path(tables)
     frames = {sheet.name: frame for sheet, frame in sheets.items()}
     return [page, *drawn, *write_tables(runs, frames, folder)]
 
@@ -82,8 +86,10 @@ def write_figure(run_dirs: Iterable[Path | str], name: str, out: Path) -> Path:
     """Draw one picture of a report by its name.
 
     Raises:
-        ValueError: no such picture, runs that do not support it, or an unknown format.
+        ValueError: no such picture, runs that do not support it, an unknown format, or a place that
+            cannot be written to.
     """
+    check_out(out.parent)
     runs = load_runs(run_dirs)
     known = {picture.name: picture for picture in (*ALONE, *PICTURES)}
     if name not in known:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from sim.analysis.load import Run, read_parts
+from sim.record import Record
 
 MOST, MOST_TEXT = 20_000, 6_000_000
 TEXTS = ["prompt", "answer_a", "answer_b"]
@@ -41,15 +42,19 @@ def collect(runs: Sequence[Run], several: bool) -> Samples:
     Args:
         runs: the runs of the page.
         several: whether a fork's parent may be among them; its rounds are then left to it.
+
+    Raises:
+        ValueError: a part that is read is damaged.
     """
     tables, rounds, recorded = [], 0, 0
     for place, run in enumerate(runs):
         since = run.began if several else 0
         parts = [part for part in sorted((run.path / "samples").glob("part-*.parquet"))]
-        parts = [part for part in parts if _round(part) >= since]
+        parts = [part for part in parts if _round(part) > since]  # a part holds the round before
         if not parts:
             continue
         kept, most = _thinned(parts, MOST // len(runs), MOST_TEXT // len(runs))
+        Record(run.path).check(tuple(f"samples/{part.name}" for part in kept))
         frame = read_parts(kept)
         frame = frame[frame["round"] >= since]  # a delay puts earlier rounds into a part
         frame = frame[frame.groupby("round").cumcount() < most]

@@ -8,7 +8,9 @@ most seeds never exit, where the median is infinite. Its error is Greenwood's, s
 
 Simplified: the time is the confirmed exit, although the true one lies in the bracket before it.
 Runs go on after a collapse, so a collapsed run stays at risk; a diverged one leaves at its last
-round. ``cause`` keeps the two apart, because neither is censoring by chance.
+round. ``cause`` keeps the two apart, because neither is censoring by chance. A run that its own
+sustained exit ended before an exit was confirmed counts as out from there (:func:`left_at`): to
+censor it would say that it was as safe as the runs that went on.
 """
 
 from __future__ import annotations
@@ -55,13 +57,26 @@ def exit_table(runs: Iterable[Run], clock: str = "rounds") -> pd.DataFrame:
     )
 
 
+def left_at(run: Run) -> dict[str, float] | None:
+    """Clocks of the confirmed exit of a finished run; without one, of the exit that ended it."""
+    exited = run.summary["exit_confirmed"]
+    return run.summary["exit_sustained"] if exited is None and ended_unconfirmed(run) else exited
+
+
+def ended_unconfirmed(run: Run) -> bool:
+    """Whether ``run`` ended at its sustained exit, with none confirmed."""
+    asked = run.config.get("evaluation", {}).get("stop_on_sustained", False)
+    known = {kind: run.summary.get(f"exit_{kind}") for kind in ("confirmed", "sustained")}
+    return bool(asked and known["sustained"] and not known["confirmed"])
+
+
 def _row(arm: str, run: Run, clock: str) -> dict[str, object]:
     if not run.summary:
         raise UsageError(f"run={str(run.path)!r} has not ended; resume it or leave it out")
     passed = run.column("round" if clock == "rounds" else f"clock/{clock}")
     if passed.isna().all():
         raise UsageError(f"clock={clock!r} is not recorded in {str(run.path)!r}; allowed: rounds")
-    exited = run.summary["exit_confirmed"]
+    exited = left_at(run)
     bracket = run.summary.get("bracket")
     left = bracket[0] if bracket else run.summary.get("last_certified_safe")
     on_clock = pd.Series(passed.to_numpy(), run.rounds["round"]).dropna()

@@ -144,7 +144,8 @@ def arm_table(runs: Iterable[Run]) -> pd.DataFrame:
     needs ``MIN_SEEDS`` runs, and so does the median exit, which needs half of them to have left. A
     defended arm is compared with the undefended arm that it otherwise equals where they share
     ``MIN_SEEDS`` replicates (:mod:`sim.analysis.paired`); Holm's p-values count these comparisons.
-    Of several arms, those in which an exit is found are told by e-BH
+    Runs that all stayed as long tell nothing of an error: it and the interval of a difference are
+    missing where they would be 0. Of several arms, those in which an exit is found are told by e-BH
     (:mod:`sim.analysis.multiplicity`).
 
     Args:
@@ -166,7 +167,9 @@ def arm_table(runs: Iterable[Run]) -> pd.DataFrame:
                 "seeds": row["runs"],
                 **{name: row[name] for name in OUTCOMES},
                 f"rounds inside, of {horizon:g}": inside and inside.value,
-                "standard error": inside.error if inside and inside.n >= MIN_SEEDS else None,
+                "standard error": inside.error or None
+                if inside and inside.n >= MIN_SEEDS
+                else None,
                 MEDIAN: in_words(median_exit(time, event)) if len(part) >= MIN_SEEDS else None,
                 **_against(exits, row["arm"], undefended.get(row["arm"]), horizon),
                 "harm at end": row["harm_end"],
@@ -199,7 +202,8 @@ def _against(exits: pd.DataFrame, arm: str, other: str | None, horizon: float) -
     more = compare(exits, arm, str(other), horizon)
     words = None
     if more.difference and more.difference.low is not None:
-        words = in_words(more.difference, "+.1f")
+        alike = not more.difference.error
+        words = in_words(more.difference._replace(low=None) if alike else more.difference, "+.1f")
     return {AGAINST: words, EXCHANGE: more.p_value, HOLM: None, P_VALUE: more.log_rank}
 
 

@@ -21,9 +21,8 @@ from envs.classifiers import sigmoid
 from envs.readers import read_rows
 from envs.records import Row, rows_digest
 from envs.usage import UsageError
-from sim.checks import check_out
 from sim.cli import parser_of
-from sim.files import dumps, new_folder
+from sim.files import check_out, dumps, new_folder
 from sim.manifest import versions
 from sim.scorers.examples import (
     PARTS,

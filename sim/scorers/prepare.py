@@ -29,9 +29,8 @@ from envs.recorded import RecordedText, split_prompts
 from envs.records import rows_digest
 from envs.scorers import TextScorer
 from envs.usage import UsageError
-from sim.checks import check_out
 from sim.cli import parser_of
-from sim.files import alone_in, dumps, write_atomic
+from sim.files import alone_in, check_out, dumps, write_atomic
 from sim.hashes import digest
 from sim.real_text import model_directory
 from sim.scenario import check_lengths

@@ -81,7 +81,7 @@ def write_samples(path: Path, r: int, rng: np.random.Generator, hostile: str) ->
     words = np.array(["mokel", "tarvi", "bessun", "lirat", "dovane", "quill", "sarn", "pelt"])
     text = [" ".join(rng.choice(words, 6)) for _ in range(24)]
     columns = {
-        "round": [r] * 8,
+        "round": [r - 1] * 8,  # rounds trained before these answers
         "label_id": list(range(64 * r, 64 * r + 8)),
         "item": list(range(64 * r, 64 * r + 8)),
         "prompt": [hostile + t for t in text[:8]],
@@ -481,11 +481,22 @@ def test_a_defended_arm_is_compared_with_its_undefended_one(arms, tmp_path):
     assert table[AGAINST][1].startswith(f"{20 - np.mean(left):+.1f} [+")
     assert table["log-rank p"][1] < 0.05
     assert table[EXCHANGE][1] == 2 / 16 and table[HOLM].isna().tolist() == [True, False, True]
+    assert table["standard error"].isna().tolist() == [left.count(left[0]) == 4, True, True]
     for seed in range(4):  # a second comparison: the smaller p-value counts twice
         write_run(tmp_path / f"lisa-{seed}", 0.25, seed, 6.0 + 3 * seed, ("lisa",))
     table = arm_table(load_runs([tmp_path])).set_index("arm")
     p, adjusted = (table[name].dropna().to_numpy() for name in (EXCHANGE, HOLM))
     assert p.min() == 2 / 16 and adjusted.tolist() == [2 * p.min(), max(2 * p.min(), p.max())]
+
+
+def test_no_error_is_told_of_arms_that_nobody_left(tmp_path):
+    for seed in range(4):
+        write_run(tmp_path / f"attacked-{seed}", 0.25, seed, np.inf)
+        write_run(tmp_path / f"defended-{seed}", 0.25, seed, np.inf, ("refusal_loss",))
+    table = arm_table(load_runs([tmp_path]))
+    assert table["rounds inside, of 20"].tolist() == [20, 20]
+    assert table["standard error"].isna().all() and table[AGAINST][1] == "+0.0"
+    assert table[EXCHANGE][1] == 1
 
 
 def diverge(path: Path, at: int) -> Path:

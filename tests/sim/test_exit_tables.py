@@ -1,6 +1,7 @@
 """What a report says of exits over many arms: ends, doses, errors, false discoveries."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,16 +9,20 @@ import pandas as pd
 import pytest
 
 from sim.analysis import incidence
-from sim.analysis.censored import dose_response
+from sim.analysis.censored import cause_table, dose_response
 from sim.analysis.exit_tables import FACTOR, dose_table, incidence_table, truth_table
+from sim.analysis.headline import cautions, ending
 from sim.analysis.incidence import by_cause, plot_incidence
-from sim.analysis.load import load_runs, named
+from sim.analysis.limits import exit_shares
+from sim.analysis.load import Run, load_runs, named
 from sim.analysis.report import write_report
-from sim.analysis.survival import exit_table
+from sim.analysis.survival import exit_table, rmst
 from sim.analysis.tables import FOUND, arm_rows, arm_table
 from sim.sweep_table import print_table
 from tests.sim.test_analysis import diverge, drawn_text, write_run
+from tests.sim.test_time_by_rho import made
 
+STOP = {"stop_on_sustained": True}
 DOSES = {0.2: 13.0, 0.4: 9.0, 0.6: 4.0}
 """Where harm crosses, by rho."""
 
@@ -55,6 +60,25 @@ def doses(tmp_path_factory):
             write_run(root / f"{rho}-{seed}", rho, seed, crossing + 2.0 * seed)
         write_run(root / f"clean-{seed}", 0.0, seed, np.inf)
     return load_runs([root])
+
+
+def test_a_sustained_exit_that_ended_a_run_is_no_censoring():
+    """One of four was stopped at round 6, unconfirmed: as censored it would have stayed to 20."""
+    runs = [made(0.5, seed=seed) for seed in range(4)]
+    config = runs[0].config | {"evaluation": runs[0].config["evaluation"] | STOP}
+    when = {"rounds": 6, "labels": 60, "since": 4}
+    known = {f"{b:.2f}": {"confirmed": when if b < 0.2 else None} for b in (0.1, 0.25)}
+    more = {"exit_sustained": when, "harm_end": 0.4, "tau_b": known}
+    stopped = Run(runs[0].path, {"config": config}, runs[0].summary | more, runs[0].rounds[:7])
+    runs = named([stopped, *(replace(run, manifest={"config": config}) for run in runs[1:])])
+    exits = exit_table(runs)
+    assert exits["time"].tolist() == [6, 20, 20, 20] and exits["event"].sum() == 1
+    assert rmst(exits["time"], exits["event"], 20).value == (6 + 3 * 20) / 4
+    assert exit_table(runs, "labels")["time"][0] == 60
+    assert cause_table(runs)["cause"].tolist() == ["exit", "none", "none", "none"]
+    assert exit_shares(runs[:1])["limit"].tolist() == [0.1], "of .25 nothing is known"
+    assert "1 of 4 runs were stopped at a sustained exit" in " ".join(cautions(runs))
+    assert ending(runs[0]).startswith("The policy ended above the limit, but no exit was confirmed")
 
 
 def test_shares_by_cause(ends):

@@ -105,6 +105,6 @@ def test_the_report_lays_branches_side_by_side(branches, tmp_path):
     titles = [run["title"] for run in block(page, "run-data")]
     rounds = said.groupby(said["run"].map(dict(enumerate(titles))))["round"].agg(["min", "max"])
     assert rounds.loc["grpo: harmful_asker ρ=0.25 + lisa(rho=10) from round 6, seed 0"].min() == 6
-    assert rounds.loc["grpo: harmful_asker ρ=0.25, seed 0"].min() == 1
+    assert rounds.loc["grpo: harmful_asker ρ=0.25, seed 0"].min() == 0
     write_report([branches / "defended", branches / "attacked"], tmp_path / "plain")
     assert "table-branches" not in (tmp_path / "plain/report.html").read_text()

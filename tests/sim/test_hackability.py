@@ -118,6 +118,14 @@ def test_worlds_are_resampled_before_runs():
     assert (found.disagree, found.low, found.high) == (0.5, 0.0, 1.0)
 
 
+def test_the_interval_is_of_the_mean_over_runs_where_worlds_have_unequal_numbers():
+    """Twelve runs of one world disagree, one of each of twelve others does not."""
+    runs = [traced([0.0, 1.0], [0.1, 0.9], seed=s, world=0) for s in range(12)]
+    runs += [traced([0.0, 1.0], [0.9, 0.1], world=1 + s) for s in range(12)]
+    found = disagreement(runs)
+    assert found.disagree == 0.5 and found.low < 0.5 < found.high < 1
+
+
 def test_table_and_picture_leave_out_what_has_no_reward():
     hacked = [traced([0.0, 1.0], [0.1, 0.9], seed=s, name="hacked") for s in range(4)]
     without = made(

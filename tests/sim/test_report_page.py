@@ -120,6 +120,21 @@ def test_every_picture_has_a_command_that_draws_it(runs, page, tmp_path, capsys)
             write_figure(dirs, name, tmp_path / out)
 
 
+def test_a_file_in_the_way_is_named(runs, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    there = str(tmp_path / "file")
+    for flags in (
+        ["--out", there],
+        ["--out", f"{there}/page.html"],
+        ["--tables", there, "--out", str(tmp_path / "new")],
+        ["--figure", "rho", "--out", f"{there}/rho.svg"],
+        ["--figure", "rho", "--out", f"{there}/deeper/rho.svg"],
+    ):
+        assert main(["report", str(runs / "clean-0"), *flags]) == 2
+        said = capsys.readouterr().err
+        assert there in said and "allowed" in said, said
+
+
 def test_a_folder_stands_for_all_of_its_runs(runs):
     every = sorted(runs.iterdir())
     assert report._shortest(every) == [runs]
@@ -226,8 +241,8 @@ def test_samples_are_filtered_and_paged(browser, page):
     left = pd.Series(confirmed, dtype=float)
     for value, chosen in (
         ("never", left.isna()),
-        ("after", said["round"] > left),
-        ("before", said["round"] <= left),
+        ("after", said["round"] >= left),
+        ("before", said["round"] < left),
     ):
         assert choose(browser, "by-exit", value) == f"{chosen.sum()} of 960 comparisons"
     choose(browser, "by-exit", "")

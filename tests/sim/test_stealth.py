@@ -333,6 +333,18 @@ def test_one_percent_of_many_honest_people_may_score_higher():
     assert detection_table.tpr(malicious, honest, fpr=0.005) == pytest.approx(2 / 3)
 
 
+def test_who_was_never_asked_is_on_neither_side():
+    """Of six people two vote against the truth, two for it, and two are never asked."""
+    sides = np.array([1, 1, 0, 0, 0, 0], bool)
+    asked = np.array([1, 1, 1, 1, 0, 0], bool)
+    rows = pd.DataFrame({"round": 0, "annotator": range(4), "wrong": sides[:4], "stratum": 0})
+    log = detection_table._Log({"gold": rows}, pd.Series([0] * 4), asked, sides, 1)
+    found = detection_table._row([log], "gold", 1.0)
+    assert (found["malicious"], found["honest"], found["auc"], found["tpr"]) == (2, 2, 1, 1)
+    alone = detection_table._row([log._replace(malicious=asked)], "gold", 1.0)
+    assert alone["honest"] == 0 and np.isnan(alone["auc"]) and np.isnan(alone["tpr"])
+
+
 @pytest.mark.world
 def test_annotators_are_scored_by_labels_seen(finished, tmp_path):
     path, _ = finished

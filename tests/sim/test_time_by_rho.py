@@ -157,3 +157,9 @@ def test_the_share_on_the_axis_can_be_chosen():
         plot_time_by_rho(design(), x="ducks")
     with pytest.raises(ValueError, match="attacked at two values of rho"):
         plot_time_by_rho([made(0.2, 5), made(0.0)])
+
+
+def test_runs_that_are_all_alike_have_no_interval():
+    alike = cells([made(0.2, seed=seed) for seed in range(4)])
+    assert alike["value"].tolist() == [1] and alike[["low", "high"]].isna().all(None)
+    assert cells([made(0.2, 4 + seed, seed=seed) for seed in range(4)])["low"].notna().all()

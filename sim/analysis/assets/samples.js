@@ -57,7 +57,7 @@ function sampleFilters() {
     sampled.answer_b[i]).toLowerCase());
   const side = (i) => {
     const left = runs[sampled.run[i]].exits.confirmed;
-    return left === null ? "never" : sampled.round[i] > left ? "after" : "before";
+    return left === null ? "never" : sampled.round[i] >= left ? "after" : "before";
   };
   const filter = () => {
     const words = search.value.toLowerCase();
