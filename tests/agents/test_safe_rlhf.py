@@ -127,7 +127,7 @@ def test_labels_and_empty_batches_pass(tiny):
     defence, ctx = defences.create("safe_rlhf"), context(lambda rows: 1 / 0)
     empty = tiny.pairs(4)
     empty = replace(empty, weight=empty.weight[:0])
-    log = LabelBatch(*[torch.ones(3).numpy()] * 8)
+    log = LabelBatch(*[torch.ones(3).numpy()] * 9)
     assert defence.feedback(ctx, log) is log and defence.feedback(ctx, empty) is empty
     assert not ctx.metrics and not defence.batches
 
@@ -274,13 +274,13 @@ def share_of_low_words(rows):
     return ((rows.ids < 13) * said).sum(1) / said.sum(1).clamp(min=1)
 
 
-@pytest.mark.parametrize("learner", ["sft", "dpo", "ppo", "grpo"])
-def test_a_price_makes_the_policy_cheaper(tiny, learner):
+@pytest.mark.parametrize(("learner", "rounds"), [("sft", 8), ("dpo", 8), ("ppo", 20), ("grpo", 8)])
+def test_a_price_makes_the_policy_cheaper(tiny, learner, rounds):
     found = {}
     for start in (0, 5):
         agent = tiny.agent(learner, (f"safe_rlhf(start={start}, limit=0.05)",), lr=1e-2)
         agent.stack.ctx._scorers["cost"] = share_of_low_words
-        tiny.rounds(agent, 0, 8)
+        tiny.rounds(agent, 0, rounds)
         sequences = agent.respond(*tiny.prompts(24, 77), 16, 5).sequences
         found[start] = float(share_of_low_words(sequences).mean())
     assert found[5] < 0.8 * found[0]

@@ -345,10 +345,10 @@ def test_a_diverged_run_claims_no_end(tmp_path, embedded_models, monkeypatch):
 
     learn = Agent.learn
 
-    def breaks(self, labels):
+    def breaks(self, *collected):
         if self.round == 2:
             raise Diverged("loss nan")
-        return learn(self, labels)
+        return learn(self, *collected)
 
     monkeypatch.setattr(Agent, "learn", breaks)
     summary = run(replace(SMALL, evaluation=replace(SMALL.evaluation, n_true=0)), tmp_path / "x")
