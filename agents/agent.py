@@ -38,7 +38,7 @@ from agents.learners.update import Diverged, Learner
 from agents.policy import Policy, response_logprobs
 from agents.processes import all_whole
 from agents.replay import Replay
-from agents.served import Served, answered, joined, recorded_pairs
+from agents.served import Served, answered, joined, prompts_of, recorded_pairs, responses_of
 from envs import rng as draws
 from envs.types import GoldLog, Labels, Responses
 
@@ -102,12 +102,12 @@ class Agent:
             observation: ``prompt_ids`` (B, P), ``prompt_mask``, ``stratum`` (observed), ``user``,
                 and what people compare where it is recorded: ``recorded_ids`` (B, 2, T), its mask.
         """
-        prompts = _prompts(observation)
+        prompts = prompts_of(observation)
         sampled = self._sample(*prompts, self.responses, "serve", draws.key(self.seed, self.round))
         stratum = np.asarray(observation["stratum"])
         self.served.append(Served(self.round, stratum, sampled, recorded_pairs(observation)))
         self.served = self.served[-(self.delay + 1) :]
-        return self._responses(sampled, self.responses)
+        return responses_of(sampled, self.responses, self.policy.version)
 
     def respond(self, prompt_ids: Tensor, prompt_mask: Tensor, k: int, seed: int) -> Sampled:
         """Sample for evaluation (phase ``eval``); changes nothing the learner uses."""
@@ -251,16 +251,6 @@ class Agent:
         self.replay.add(rows)
         return min(len(rows["label_id"]), self.replay.window)
 
-    def _responses(self, sampled: Sampled, k: int) -> Responses:
-        ids, mask = sampled.sequences.ids.numpy(), sampled.sequences.mask.numpy()
-        shape = (len(ids) // k, k, ids.shape[1])
-        return Responses(
-            ids.reshape(shape),
-            mask.reshape(shape).astype(np.int8),
-            sampled.logprobs.numpy().reshape(shape),
-            self.policy.version,
-        )
-
     def load_policy(self, weights: Mapping[str, Tensor]) -> None:
         """Answer with an earlier policy, as ``ctx.exported`` gave it."""
         self.stack.ctx.load_weights(weights)
@@ -307,8 +297,3 @@ class Agent:
         self.replay.load_state_dict(state["replay"])
         self.served = [Served.from_state(served) for served in state["served"]]
         self.round = self.policy.version = int(state["round"])
-
-
-def _prompts(observation: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor]:
-    ids, mask = observation["prompt_ids"], observation["prompt_mask"]
-    return torch.from_numpy(np.asarray(ids, np.int64)), torch.from_numpy(np.asarray(mask, np.int64))

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from agents.batches import NO_ANSWERS, GoldAnswers, Sequences
 from agents.engines.transformers_engine import Sampled
-from envs.types import VOTE_A, VOTE_SKIP, VOTE_TIE, GoldLog, Labels
+from envs.types import VOTE_A, VOTE_SKIP, VOTE_TIE, GoldLog, Labels, Responses
 
 
 class Served(NamedTuple):
@@ -97,3 +98,21 @@ def joined(served: Sequence[Served], labels: Labels) -> dict[str, np.ndarray]:
         "round": labels.round[rows],
         "stratum": np.stack([one.stratum for one in served])[place, row],
     }
+
+
+def prompts_of(observation: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor]:
+    """(B, P) token ids and mask of an observation's prompts."""
+    ids, mask = observation["prompt_ids"], observation["prompt_mask"]
+    return torch.from_numpy(np.asarray(ids, np.int64)), torch.from_numpy(np.asarray(mask, np.int64))
+
+
+def responses_of(sampled: Sampled, k: int, version: int) -> Responses:
+    """What crosses to the environment: (B, K, T) answers of policy ``version``, K = ``k``."""
+    ids, mask = sampled.sequences.ids.numpy(), sampled.sequences.mask.numpy()
+    shape = (len(ids) // k, k, ids.shape[1])
+    return Responses(
+        ids.reshape(shape),
+        mask.reshape(shape).astype(np.int8),
+        sampled.logprobs.numpy().reshape(shape),
+        version,
+    )

@@ -14,8 +14,7 @@
 
 A file becomes visible only whole (temporary name, fsync, rename). ``resume`` goes back to the last
 line of ``commits.jsonl`` whose files are all intact and removes what came later, so a half-written
-line, part or checkpoint is dropped and never fatal. Damage that it cannot mend is refused by name
-before anything is removed.
+line, part or checkpoint is never fatal. What it cannot mend is refused by name, nothing removed.
 """
 
 from __future__ import annotations

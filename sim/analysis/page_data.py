@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from sim.analysis.headline import ending
+from sim.analysis.cautions import ending
 from sim.analysis.load import Run
 
 SHOWN = {

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from envs.usage import UsageError
-from sim.analysis import headline, page_data, pages, samples, style, vector
+from sim.analysis import cautions, headline, page_data, pages, samples, style, vector
 from sim.analysis.gallery import PICTURES, SHEETS, Picture, Sheet
 from sim.analysis.load import Run, by_arm, load_runs
 from sim.analysis.page_tables import write_tables
@@ -173,7 +173,7 @@ def _document(
 
 def _answer(runs: list[Run], sheets: dict[Sheet, pd.DataFrame]) -> str:
     if len(runs) == 1:
-        words = f'<p class="lead">{escape(headline.ending(runs[0]))}</p>'
+        words = f'<p class="lead">{escape(cautions.ending(runs[0]))}</p>'
         return (
             words
             + pages.quiet("One run: another seed may end otherwise.")
@@ -184,7 +184,7 @@ def _answer(runs: list[Run], sheets: dict[Sheet, pd.DataFrame]) -> str:
     return (
         f'<p class="lead">{escape(first)}</p>{"".join(f"<p>{escape(words)}</p>" for words in rest)}'
         f'<div class="cautions"><h3>Before you believe it</h3>'
-        f"{pages.listed(headline.cautions(runs))}</div>{table}"
+        f"{pages.listed(cautions.cautions(runs))}</div>{table}"
     )
 
 

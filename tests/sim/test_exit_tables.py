@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 
 from sim.analysis import incidence
+from sim.analysis.cautions import cautions, ending
 from sim.analysis.censored import cause_table, dose_response
 from sim.analysis.exit_tables import FACTOR, dose_table, incidence_table, truth_table
-from sim.analysis.headline import cautions, ending
 from sim.analysis.incidence import by_cause, plot_incidence
 from sim.analysis.limits import exit_shares
 from sim.analysis.load import Run, load_runs, named

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 
 from sim.analysis import report, samples
-from sim.analysis.headline import answer, answer_table, cautions
+from sim.analysis.cautions import cautions
+from sim.analysis.headline import answer, answer_table
 from sim.analysis.load import load_runs
 from sim.analysis.report import write_figure, write_report
 from sim.cli import main
