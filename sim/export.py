@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 from envs.types import VOTE_A, VOTE_B, VOTE_SKIP, VOTE_TIE, VOTES
-from envs.usage import UsageError, blamed_on
+from envs.usage import UsageError
 from sim.analysis.load import Run
 
 FORMATS = {"preference": "DPOTrainer", "unpaired": "KTOTrainer", "reward": "RewardTrainer"}
@@ -59,8 +59,7 @@ def collect(run: Run) -> tuple[pd.DataFrame, Counts]:
     Raises:
         ValueError: damaged tables, or no such comparison.
     """
-    with blamed_on(f"run={str(run.path)!r}", "a run directory whose tables are whole"):
-        labels, samples = run.table("labels"), run.table("samples")
+    labels, samples = run.table("labels"), run.table("samples")
     votes = labels["vote"].to_numpy() if len(labels) else np.zeros(0, np.int8)
     decided = np.isin(votes, (VOTE_A, VOTE_B))
     sides = [VOTES[VOTE_A], VOTES[VOTE_B]]

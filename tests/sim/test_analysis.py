@@ -229,7 +229,7 @@ def test_a_report_calls_a_run_by_one_name(tmp_path):
 
 def test_samples_come_back_in_order(arms):
     samples = load_run(arms / "clean-0").table("samples")
-    assert samples["round"].tolist() == [r for r in range(1, 21) for _ in range(8)]
+    assert samples["round"].tolist() == [r for r in range(20) for _ in range(8)]
     assert load_run(arms / "clean-0").table("truth").empty
 
 

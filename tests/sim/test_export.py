@@ -134,7 +134,7 @@ def test_what_cannot_be_exported_is_refused(in_tmp: Path, capsys: Any) -> None:
     refused = {
         "folder --format reward": "run='folder' has no manifest.json; allowed: a run directory",
         "mute --format reward": "kept 0 of its 6 labels in words",
-        "cut --format reward": "allowed: a run directory whose tables are whole",
+        "cut --format reward": "cut/samples/part-000001.parquet' is damaged",
         "run --format reward --out folder": "out='folder' exists; allowed: a new directory",
         "run --format pairs": "invalid choice: 'pairs'",
         "run": "the following arguments are required: --format",
