@@ -95,6 +95,13 @@ PICTURES: tuple[Picture, ...] = (
         plot_time_by_rho,
         lambda runs: bool(len(doses(runs))),
     ),
+    Picture("arms", "Does the policy stay in the safe set?", plot_arms, _has_arms),
+    Picture(
+        "survival",
+        "Time in the safe set until a confirmed exit",
+        lambda runs: plot_survival(ended(runs)),
+        lambda runs: bool(ended(runs)),
+    ),
     Picture(
         "heat_map",
         "Time in the safe set, by attack and defence",
@@ -106,13 +113,6 @@ PICTURES: tuple[Picture, ...] = (
         "What safety costs: time in the safe set against learning",
         plot_frontier,
         lambda runs: bool(len(frontier_table(runs))),
-    ),
-    Picture("arms", "Does the policy stay in the safe set?", plot_arms, _has_arms),
-    Picture(
-        "survival",
-        "Time in the safe set until a confirmed exit",
-        lambda runs: plot_survival(ended(runs)),
-        lambda runs: bool(ended(runs)),
     ),
     Picture(
         "incidence",
