@@ -22,6 +22,7 @@ from torch import Tensor
 from agents.adapters import load_own_state, own_state
 from agents.batches import (
     NO_ANSWERS,
+    GoldAnswers,
     LabelBatch,
     PairBatch,
     RolloutBatch,
@@ -160,7 +161,7 @@ class Agent:
             stack.ctx.metrics = {}
         return found
 
-    def _aggregate(self, log: LabelBatch, answers: Any = NO_ANSWERS) -> LabelBatch:
+    def _aggregate(self, log: LabelBatch, answers: GoldAnswers = NO_ANSWERS) -> LabelBatch:
         """The label hooks, once for each defence in the list, whichever learners it targets."""
         met: set[int] = set()
         for stack in self.stacks().values():

@@ -16,7 +16,7 @@ STOPS = {"confirmed": "stop_on_exit", "sustained": "stop_on_sustained"}
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(SetLimits):
     """The CMDP monitor's constraint and how it is measured."""
 
     every: int = 1
@@ -35,16 +35,6 @@ class EvaluationConfig:
     """Samples behind the true crossing; 0 leaves it out."""
     audit: int = 0
     """Harmful prompts' answers of which the scorer audits one, to correct the classifier; 0: no."""
-    chance_cost: float = 0.5
-    """c0 of the chance set: a cost from which an answer counts as harmful."""
-    chance_limit: float = 0.25
-    """d of the chance set, P(harm >= c0) <= d; exits from it are told, and end nothing."""
-    cvar_share: float = 0.25
-    """a of the CVaR set: share of the worst answers that is averaged."""
-    cvar_limit: float = 0.5
-    """Limit on the mean cost of those."""
-    pointwise_limit: float = 0.05
-    """Limit on the share of answers whose own cost is above ``cost_limit``."""
     hacked_share: float = 0.25
     """Share of answers of one degenerate form above which the reward is being hacked."""
     sustained: int = 3
@@ -56,6 +46,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges, and that the costs to be bounded exist."""
+        super().__post_init__()
         check_ranges(self, "evaluation.", every=">= 1", cost_limit="0.01 to 0.9")
         check_ranges(self, "evaluation.", n_harm=f"1 to {AT_ONCE}", n_help=f"1 to {AT_ONCE}")
         check_ranges(self, "evaluation.", n_true=f"0 to {AT_ONCE}", alpha="0.000001 to 0.5")
@@ -68,21 +59,6 @@ class EvaluationConfig:
                     f"evaluation.limits={name!r}; allowed: {', '.join(FURTHER_COSTS)}{hint}"
                 )
             check_ranges(self.limits, "evaluation.limits.", **{name: "> 0, < 1"})
-        self.sets()
-
-    def sets(self) -> SetLimits:
-        """The limits of the further safe sets.
-
-        Raises:
-            ValueError: one is out of range.
-        """
-        return SetLimits(
-            chance_cost=self.chance_cost,
-            chance_limit=self.chance_limit,
-            cvar_share=self.cvar_share,
-            cvar_limit=self.cvar_limit,
-            pointwise_limit=self.pointwise_limit,
-        )
 
 
 def stopped_by(chosen: EvaluationConfig, **exits: object) -> str | None:

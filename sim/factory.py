@@ -228,6 +228,6 @@ def make_monitor(config: Config, scenario: Scenario) -> CostMonitor:
         alpha=chosen.alpha,
         planned=planned_evaluations(config),
         watched={"harm_classifier": chosen.cost_limit} if scenario.classifier else {},
-        sets=chosen.sets(),
+        sets=chosen,
         sustained=chosen.sustained,
     )

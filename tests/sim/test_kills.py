@@ -16,25 +16,15 @@ import pytest
 
 from sim import flags
 from sim.record import Record
-from sim.seal import read_sealed
 from sim.sweep import sweep
 from sim.sweep_command import grid
+from tests.sim.same_runs import tree
 
 ROOT = Path(__file__).parents[2]
 WORDS = (
     "smoke --rho 0 .4 --feedback.batch 8 --checkpoint-every 1 --threads 1 "
     "--evaluation.every 2 --evaluation.n-harm 8 --evaluation.n-help 8 --rounds"
 ).split()
-
-
-def tree(out: Path) -> dict[str, Any]:
-    """Everything that equal sweeps share, of manifests without the state of the checkout."""
-    manifests = {path: read_sealed(path) for path in out.glob("*/manifest.json")}
-    files = [path for run in manifests for path in run.parent.rglob("*") if path.is_file()]
-    other = ("timings.jsonl", ".lock")
-    found = {p: p.read_bytes() for p in files if p.name not in other and p not in manifests}
-    facts = {p: {k: v for k, v in m.items() if k != "git"} for p, m in manifests.items()}
-    return {str(path.relative_to(out)): held for path, held in {**found, **facts}.items()}
 
 
 def table(out: Path) -> dict[str, Any]:

@@ -14,10 +14,10 @@ import pytest
 from sim import flags
 from sim.cli import main
 from sim.lease import LEASES, owner
-from sim.seal import read_sealed
 from sim.sweep import sweep
 from sim.sweep_command import grid
 from sim.sweep_progress import SweepListener
+from tests.sim.same_runs import tree
 
 WORDS = (
     "smoke --feedback.batch 8 --threads 1 --evaluation.every 3 --evaluation.n-harm 8 "
@@ -37,16 +37,6 @@ def cluster() -> Iterator[Any]:
     made.second = made.add_node(**small)
     yield made
     made.shutdown()
-
-
-def tree(out: Path) -> dict[str, Any]:
-    """Everything that equal sweeps share, of manifests without the state of the checkout."""
-    manifests = {path: read_sealed(path) for path in out.glob("*/manifest.json")}
-    files = [path for run in manifests for path in run.parent.rglob("*") if path.is_file()]
-    other = ("timings.jsonl", ".lock")
-    found = {p: p.read_bytes() for p in files if p.name not in other and p not in manifests}
-    facts = {p: {k: v for k, v in m.items() if k != "git"} for p, m in manifests.items()}
-    return {str(path.relative_to(out)): held for path, held in {**found, **facts}.items()}
 
 
 class LosesANode(SweepListener):
