@@ -18,10 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from envs.eprocess import STAKES
 from envs.usage import check_ranges
 
 MARGINS = (0.05, 0.1, 0.2, 0.4, 0.8)
 """Each bet is the growth-optimal one against an error rate of the limit plus a margin."""
+_ENTERING, _WAITING = STAKES["mixture"]
 
 
 class ErrorTest:
@@ -55,8 +57,8 @@ class ErrorTest:
         np.add.at(log_e, (annotator, stratum), self.gains[wrong.astype(np.int64)])
         seen[annotator, stratum] = True
         self._rounds += seen
-        count = np.where(seen, self._rounds, 1).astype(float)[..., None]
-        grown = np.logaddexp(self._active, -np.log(count * (count + 1))) + log_e
+        count = np.where(seen, self._rounds, 1)[..., None]
+        grown = np.logaddexp(self._active, _ENTERING(count)) + log_e
         self._active = np.where(seen[..., None], grown, self._active)
         self.peak = np.maximum(self.peak, self.log_evidence)
 
@@ -72,7 +74,7 @@ class ErrorTest:
     @property
     def log_evidence(self) -> np.ndarray:
         """(people,) log of the evidence as it stands."""
-        waiting = -np.log(self._rounds + 1.0)[..., None]
+        waiting = _WAITING(self._rounds)[..., None]
         wealth = np.logaddexp(self._active, waiting).reshape(len(self.peak), -1)
         return np.logaddexp.reduce(wealth, 1) - np.log(max(1, wealth.shape[1]))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LEAVES = {"envs.types", "envs.registry", "envs.rng", "envs.usage"}
+LEAVES = {"envs.types", "envs.registry", "envs.rng", "envs.usage", "envs.eprocess"}
 SOURCES = sorted(
     path.relative_to(ROOT)
     for name in ("envs", "agents", "sim")
