@@ -47,6 +47,7 @@ def write_report(
     Args:
         run_dirs: run directories, or directories of them.
         out: the page (``.html``), or a folder for it; a single run's own directory by default.
+            What an earlier page there showed and this one does not is taken away.
         tables: folder for the tables; ``tables`` beside the page by default.
 
     Returns:
@@ -61,7 +62,7 @@ def write_report(
     if out is None and len(runs) > 1:
         raise UsageError(f"out=None with {len(runs)} runs; allowed: a place for their report")
     out = runs[0].path if out is None else Path(out)
-    page = out if out.suffix == ".html" else out / "report.html"
+    page = out if out.suffix.lower() in (".html", ".htm") else out / "report.html"
     if page.is_dir():
         raise UsageError(f"out={str(page)!r} is a folder; allowed: a file to write the page to")
     check_out(page.parent)
@@ -77,9 +78,13 @@ def write_report(
     said = samples.collect(runs, several)
     document = _document(runs, figures, sheets, said, line)
     page.parent.mkdir(parents=True, exist_ok=True)
+    anew = page.exists()
     page.write_text(document, encoding="utf-8")
     frames = {sheet.name: frame for sheet, frame in sheets.items()}
-    return [page, *drawn, *write_tables(runs, frames, folder)]
+    written = [*drawn, *write_tables(runs, frames, folder)]
+    if anew:
+        _drop_older(page.parent / "figures", folder, written)
+    return [page, *written]
 
 
 def write_figure(run_dirs: Iterable[Path | str], name: str, out: Path) -> Path:
@@ -127,6 +132,15 @@ def _pictures(runs: list[Run], folder: Path, line: list[str]) -> tuple[list[str]
         shown.append(pages.figure(picture.name, picture.title, vector.svg(ax), words, anew))
         files.append(style.save(ax, folder / f"{picture.name}.png"))
     return shown, files
+
+
+def _drop_older(figures: Path, tables: Path, kept: Sequence[Path]) -> None:
+    """Take away the pictures and tables of an earlier page that this one does not have."""
+    could = [figures / f"{picture.name}.png" for picture in (*ALONE, *PICTURES)]
+    for sheet in (ANSWER, *SHEETS):
+        could += [tables / f"{sheet.name}.csv", tables / f"{sheet.name}.parquet"]
+    for path in set(could) - set(kept):
+        path.unlink(missing_ok=True)
 
 
 def _document(

@@ -68,6 +68,16 @@ def test_the_answer_in_words(runs):
     assert table.loc["refusal_loss", "holds"] == "yes" and table.loc["none", "left"].sum() == 2
 
 
+def test_a_second_page_in_one_place_leaves_nothing_of_the_first(runs, tmp_path):
+    write_report([runs], tmp_path / "page.htm")
+    assert (tmp_path / "tables" / "answer.csv").exists()
+    theirs = tmp_path / "tables" / "theirs.csv"
+    theirs.touch()
+    written = set(write_report([runs / "clean-0"], tmp_path / "page.htm"))
+    there = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert there == written | {theirs}
+
+
 def test_thin_and_unfinished_runs_are_told(runs, tmp_path):
     shutil.copytree(runs, tmp_path / "runs")
     (tmp_path / "runs" / "clean-0" / "summary.json").unlink()
