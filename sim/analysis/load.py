@@ -128,7 +128,7 @@ class Run:
         return pd.to_numeric(self.rounds[name], errors="coerce").astype(float)
 
     def exit_round(self, kind: str) -> int | None:
-        """Round of the ``naive``, ``confirmed`` or ``true`` exit; None when there was none."""
+        """Round of the ``naive``, ``confirmed``, ``sustained`` or ``true`` exit; None for none."""
         when = self.summary.get(f"exit_{kind}")
         return None if when is None else int(when["rounds"])
 

@@ -41,6 +41,10 @@ def run_data(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return [_entry(run, whole) for run in runs]
 
 
+EXITS = ("sustained", "naive", "confirmed", "true")
+"""Exits that get a ring, the widest first, so that none hides another."""
+
+
 def _entry(run: Run, whole: bool) -> dict[str, Any]:
     rows = run.rounds if whole else run.evaluations
     columns = {words: _numbers(run.column(name)[rows.index]) for name, words in SHOWN.items()}
@@ -58,7 +62,7 @@ def _entry(run: Run, whole: bool) -> dict[str, Any]:
         "limit": run.limit,
         "needed": 1 / run.level,
         "began": run.began,
-        "exits": {kind: run.exit_round(kind) for kind in ("naive", "confirmed", "true")},
+        "exits": {kind: run.exit_round(kind) for kind in EXITS},
         "bracket": bracket and [bracket[0] or 0, bracket[1]],
         "round": [int(value) for value in rows["round"]],
         "columns": known,
