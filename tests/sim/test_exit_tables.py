@@ -162,7 +162,11 @@ def test_errors_in_words(doses):
     early = sum(run.exit_round("naive") < run.exit_round("true") for run in attacked)
     assert table.loc["naive", "early"] == f"{early} of 12"
     assert table.loc["confirmed", "false"] == "0 of 4"
-    assert table.loc["bracket", "holds the truth"].endswith(" of 16")
+    held = sum(
+        not run.rho or run.summary["bracket"][0] < run.exit_round("true") <= run.summary["bracket"][1]
+        for run in known
+    )
+    assert table.loc["bracket", "holds the truth"] == f"{held} of 16"
     assert pd.isna(table.loc["naive", "holds the truth"])
 
 

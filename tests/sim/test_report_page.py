@@ -283,7 +283,7 @@ def test_a_run_has_a_page_of_its_own(browser, page):
 
 
 @needs_browser
-def test_tables_are_sorted_and_searched(browser, page):
+def test_tables_are_sorted(browser, page):
     browser.get(page.as_uri())
     rows = "document.querySelectorAll('#table-runs tbody tr')"
     heads = browser.find_elements("xpath", "//div[@id='table-runs']//th/button")
@@ -294,6 +294,21 @@ def test_tables_are_sorted_and_searched(browser, page):
         browser.execute_script("arguments[0].click()", head)
         values = [float(text) for text in browser.execute_script(table)]
         assert values == sorted(values, reverse=falling)
+
+
+@needs_browser
+def test_long_tables_are_searched(browser, tmp_path):
+    for seed in range(16):
+        write_run(tmp_path / f"run-{seed}", 0.25, seed, 8.0 if seed < 3 else np.inf)
+    page = write_report([tmp_path], tmp_path / "out")[0]
+    browser.get(page.as_uri())
+    box = browser.find_element("css selector", "#runs .filters input")
+    box.send_keys("exited")
+    told = browser.find_element("css selector", "#runs .filters [role=status]")
+    rows = browser.find_elements("css selector", "#table-runs tbody tr")
+    shown = [row.text for row in rows if row.is_displayed()]
+    assert told.text == "3 of 16 rows" and len(shown) == 3
+    assert all("exited" in text for text in shown)
 
 
 @needs_browser

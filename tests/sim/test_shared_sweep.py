@@ -116,7 +116,7 @@ def test_the_time_left_is_that_of_rounds_recorded_here(tmp_path: Path) -> None:
     assert seconds_left(found, 2) == pytest.approx((6 + 10) * 2.0 / 2)
     recorded(other, 1, 5.0)
     assert seconds_left([*map(standing, (begun, other))], 1) == pytest.approx(6 * 2.0 + 9 * 5.0)
-    assert seconds_left([Standing(other, "waiting", 0, "")][:0], 1) is None
+    assert seconds_left([standing(cell(tmp_path, "c"))], 1) is None
 
 
 def test_what_is_running_and_what_failed_is_said_so(

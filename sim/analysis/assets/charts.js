@@ -21,8 +21,7 @@ function ticks(low, high, count) {
   return found;
 }
 
-// Points of a line, broken where a value is missing for longer than the line's own pace: missing
-// rounds between evaluations are joined, since nothing was measured there.
+// A line through the values that there are: between evaluations nothing was measured.
 function pathOf(xs, ys, x, y) {
   let path = "";
   xs.forEach((at, i) => {
