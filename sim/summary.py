@@ -84,8 +84,9 @@ def true_crossing(
 ) -> dict[str, Any] | None:
     """First evaluated policy whose cost on ``n_true`` fresh samples exceeds the limit.
 
-    The saved policies are bisected between the last that is measured safe and the one of greatest
-    harm, assuming a single crossing in between; None when even that one is truly inside the set.
+    The saved policies are bisected between the start, taken as inside, and the first that was
+    measured above the limit; where that one is truly inside, between it and the one of greatest
+    harm. This assumes a single crossing on the way. None when both are truly inside the set.
     """
     from safetensors.torch import load_file
 

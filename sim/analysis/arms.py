@@ -66,12 +66,13 @@ def plot_arms(runs: Iterable[Run], ax: Axes | None = None) -> Axes:
             ax.plot(seed.index, seed, color=colour, lw=0.9, alpha=0.45)
         mean = traces.dropna().mean(axis=1)  # no further: seeds that end would move the mean
         ax.plot(mean.index, mean, ls=dash, color=colour, lw=2.4)
-        ends.append((float(traces.index[-1]), float(traces.iloc[-1].mean()), i))
+        last = (mean if len(mean) else traces.mean(axis=1)).iloc[-1:]
+        ends.append((float(last.index[0]), float(last.iloc[0]), i))
     style.unsafe_region(ax, limits[0])
     ax.set(ylim=(-0.02, 1.02), xlabel="round", ylabel="harm on harmful prompts")
     ax.margins(x=0.01)
     style.whole_rounds(ax)
-    _name_lines(ax, list(names.values()), ends, "harm at the end" if listed else None)
+    _name_lines(ax, list(names.values()), ends, "harm where the mean ends" if listed else None)
     ax.set_title("Does the policy stay in the safe set?")
     seeds = {names[arm]: len(members) for arm, members in arms.items()}
     counts = _counts(seeds, listed)

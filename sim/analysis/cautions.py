@@ -57,7 +57,8 @@ def cautions(runs: Iterable[Run]) -> list[str]:
     if early := sum(map(ended_unconfirmed, ended)):
         said.append(
             f"{early} of {len(ended)} runs were stopped at a sustained exit before one was "
-            "confirmed: times inside take them as out from there, numbers of runs that left do not."
+            "confirmed: times inside, and counts beside them, take them as out from there; numbers "
+            "of confirmed exits do not."
         )
     said.append(
         f"An arm holds if every run stays inside, ends at or below the limit, and at least "

@@ -70,7 +70,7 @@ def cells(
                     "worlds": part["world"].nunique(),
                     "left": int(part["event"].sum()),
                     "horizon": horizon,
-                    **_known(found),
+                    **{name: getattr(found, name, None) for name in ("value", "low", "high")},
                     "retained": learning_retained(group, twins),
                     "gain": _mean(run.summary.get("help_gain") for run in group),
                     ASKED: labels[3],
@@ -133,12 +133,6 @@ def lines(table: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
 def cut_short(run: Run) -> bool:
     """Whether the run ended before its last round: at its exit, by its attacker, diverged."""
     return bool(run.rounds["round"].max() < run.asked) or run.summary.get("occupancy") is None
-
-
-def _known(found: Estimate | None) -> dict[str, float | None]:
-    """Value and interval; runs that are all alike have none, not one of width 0."""
-    shown = ("value", "low", "high") if found and found.error else ("value",)
-    return dict.fromkeys(("value", "low", "high")) | {k: getattr(found, k, None) for k in shown}
 
 
 def _occupancy(runs: list[Run], part: pd.DataFrame, rng: np.random.Generator) -> Estimate | None:

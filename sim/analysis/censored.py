@@ -2,7 +2,8 @@
 
 * The exit of a run lies in (left, right], right infinite where it was never certified. The curve
   that makes such brackets likeliest is the nonparametric MLE of Turnbull (1976): it puts mass on
-  some intervals and says nothing of where inside them.
+  some intervals and says nothing of where inside them. A run that was outside from the start has
+  left by 0.
 * Exit, collapse and divergence compete: a policy that has collapsed is not one that will exit later
   like the others, so censoring it (Kaplan-Meier) overstates exits. Aalen & Johansen (1978): the
   incidence of cause k grows at each time by S(t-) d_k / n, S the survival of all causes together.
@@ -35,6 +36,8 @@ STEP = 0.1
 """Increase of the dose that the acceleration factor is given for: ten points of rho."""
 
 
+BEFORE = -1.0
+"""Left end of the bracket of a run that was certified unsafe at 0: any time before."""
 LOOSE = 1e3
 """Standard error of a slope from which on the fit has found no maximum."""
 
@@ -56,9 +59,14 @@ class DoseResponse(NamedTuple):
 def npmle(left: np.ndarray, right: np.ndarray) -> pd.DataFrame:
     """Turnbull's curve of brackets (left, right], right infinite where nothing was certified.
 
+    Args:
+        left: (runs,) last time certified safe, NaN where none was.
+        right: (runs,) first time certified unsafe, 0 for runs outside from the start.
+
     Returns:
         Columns left, right, mass, survival: the intervals that hold mass, ascending, and the share
-        still inside after each. Between the ends of an interval the curve is not determined.
+        still inside after each. Between the ends of an interval the curve is not determined. What
+        had left by 0 is in the interval (``BEFORE``, 0].
 
     Raises:
         ValueError: no runs, or brackets that are not 0 <= left < right.
@@ -132,7 +140,8 @@ def _first_end(run: Run, clock: str, last: float, monitor: str | None) -> tuple[
     }
     times = {cause: float(when[clock]) for cause, when in known.items() if when}
     if summary["outcome"] == "diverged":
-        times = {"diverged": last, **times}  # what training made, no evaluation saw
+        rounds = run.column("round" if clock == "rounds" else f"clock/{clock}")
+        times = {"diverged": float(rounds.max()), **times}  # what training made, no evaluation saw
     if monitor and (found := detection(run, monitor)):
         times[DETECTED] = float(found[clock])
     order = (DETECTED, *CAUSES)
@@ -205,7 +214,8 @@ def dose_response(dose: np.ndarray, left: np.ndarray, right: np.ndarray) -> Dose
     Args:
         dose: (runs,) for instance rho in [0, 1].
         left: (runs,) last time certified safe, 0 where none was.
-        right: (runs,) first time certified unsafe, infinite where none was.
+        right: (runs,) first time certified unsafe, infinite where none was. Runs with 0, which were
+            outside from the start, are left out: no dose made them leave.
 
     Raises:
         ValueError: fewer than two doses, no exit at all, bad brackets, or a fit that fails.
@@ -214,6 +224,8 @@ def dose_response(dose: np.ndarray, left: np.ndarray, right: np.ndarray) -> Dose
 
     left, right = _brackets(left, right)
     dose = np.asarray(dose, float)
+    if dose.shape == left.shape:
+        dose, left, right = (values[right > 0] for values in (dose, left, right))
     doses, counts = np.unique(dose, return_counts=True)
     exits = int(np.isfinite(right).sum())
     if doses.size < 2 or not exits or dose.shape != left.shape:
@@ -245,9 +257,10 @@ def dose_response(dose: np.ndarray, left: np.ndarray, right: np.ndarray) -> Dose
 
 
 def _brackets(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Left ends with 0 for "nothing was certified safe", and right ends."""
+    """Left ends, where nothing was certified safe 0 or what is before it, and right ends."""
     left, right = np.asarray(left, float), np.asarray(right, float)
-    left = np.where(np.isnan(left), 0.0, left)
-    if not left.size or left.shape != right.shape or not ((left >= 0) & (left < right)).all():
+    given = np.where(np.isnan(left), 0.0, left)
+    left = np.where(np.isnan(left) & (right == 0), BEFORE, given)
+    if not left.size or left.shape != right.shape or not ((given >= 0) & (left < right)).all():
         raise UsageError(f"brackets of {left.size} runs; allowed: 0 <= left < right, over 0 runs")
     return left, right

@@ -46,9 +46,8 @@ def supports(runs: Iterable[Run]) -> bool:
 
 
 def _scored(run: Run) -> bool:
-    return bool(run.summary.get("detected")) and bool(
-        (run.column("feedback/rho_annotators") > 0).any()
-    )
+    watched = bool(run.summary.get("detected")) and not run.fork
+    return watched and bool((run.column("feedback/rho_annotators") > 0).any())
 
 
 def make(runs: Iterable[Run]) -> pd.DataFrame:

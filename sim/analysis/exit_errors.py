@@ -31,7 +31,7 @@ def exit_errors(runs: Iterable[Run]) -> pd.DataFrame:
     Raises:
         ValueError: no run knows its true exit.
     """
-    known = [run for run in runs if run.summary.get("exit_true_n")]
+    known = [run for run in runs if run.summary.get("exit_true_n") and not run.fork]
     if not known:
         raise UsageError("runs: none knows its true exit; allowed: runs with evaluation.n_true > 0")
     true = _rounds(run.exit_round("true") for run in known)

@@ -35,7 +35,8 @@ def ratio_table(runs: Iterable[Run], clock: str = "rounds") -> pd.DataFrame:
 
     Returns:
         Columns of :func:`sim.analysis.cells.cells`, ``ratio`` (1 without a defence, NaN where there
-        is no undefended twin or a mean is unknown) and ``twin``, whether there is one.
+        is no undefended twin or a mean is unknown), ``twin``, whether there is one, and ``paired``,
+        whether it has as many runs.
     """
     table = cells(runs, clock=clock)
     if table.empty:
@@ -44,11 +45,14 @@ def ratio_table(runs: Iterable[Run], clock: str = "rounds") -> pd.DataFrame:
     if not (defended["rho"] > 0).any():
         return table[:0]
     keys = ["learner", "attack", "rho"]
-    bare = table[table["defence"] == table["bare"]].set_index([*keys, "defence"])["value"]
+    bare = table[table["defence"] == table["bare"]].set_index([*keys, "defence"])[["value", "n"]]
     places = pd.MultiIndex.from_frame(table[[*keys, "bare"]])
     shown = set(map(tuple, defended[keys].to_numpy()))
+    twins = bare.reindex(places)
     return table.assign(
-        twin=places.isin(bare.index), ratio=table["value"].to_numpy() / bare.reindex(places).array
+        twin=places.isin(bare.index),
+        ratio=table["value"].to_numpy() / twins["value"].to_numpy(),
+        paired=table["n"].to_numpy() == twins["n"].to_numpy(),
     )[[place in shown for place in map(tuple, table[keys].to_numpy())]]
 
 
@@ -93,6 +97,8 @@ def plot_heat_map(runs: Iterable[Run], ax: Axes | None = None, clock: str = "rou
     n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     under = f" Attack: {min(attacks)}." if len(attacks) == 1 else ""
     lone = " Grey, with the mean: no undefended twin here." if not table["twin"].all() else ""
+    if not (table["paired"] | ~table["twin"]).all():
+        lone += " Where n differs from the undefended cell's, a ratio compares other seeds too."
     style.caption(
         ax,
         "×: restricted mean time to the confirmed exit over that of the same learner under the "

@@ -44,7 +44,8 @@ def exit_shares(runs: Iterable[Run]) -> pd.DataFrame:
 
 
 def _known(run: Run) -> list[str]:
-    if ended_unconfirmed(run):
+    elsewhere = run.summary.get("exit_constraint") not in (None, "harm")
+    if ended_unconfirmed(run) or elsewhere and cut_short(run):
         return [b for b, left in run.summary["tau_b"].items() if left["confirmed"]]
     short = run.summary["exit_confirmed"] is not None and cut_short(run)
     return [b for b in run.summary["tau_b"] if not short or float(b) <= run.limit + 1e-9]

@@ -185,9 +185,14 @@ def log_rank(table: pd.DataFrame, arm: str, against: str) -> float:
 
 
 def with_interval(value: float, samples: np.ndarray, n: int) -> Estimate:
-    """``value`` with what its bootstrap ``samples`` say; nothing where one of them is unknown."""
+    """``value`` with what its bootstrap ``samples`` say; nothing where one of them is unknown.
+
+    Runs that are all alike give an error of 0 and no interval: one of width 0 would be a claim.
+    """
     if np.isnan(samples).any():
         return Estimate(float(value), None, None, None, n)
+    if np.ptp(samples) <= 1e-9 * max(1.0, abs(value)):
+        return Estimate(float(value), 0.0, None, None, n)
     low, high = np.quantile(samples, [0.025, 0.975]) if n >= MIN_SEEDS else (None, None)
     return Estimate(float(value), float(np.std(samples, ddof=1)), low, high, n)
 

@@ -32,19 +32,21 @@ def make(runs: Iterable[Run]) -> pd.DataFrame:
     for arm, members in by_arm(runs).items():
         found = [_sets(run) for run in members if run.summary.get("sets")]
         for name in found[0] if found else ():
-            parts = [known[name] for known in found]
-            peaks = [part["peak"] for part in parts if part["peak"] is not None]
-            rows.append(
-                {
-                    "arm": arm,
-                    "set": name,
-                    "limit": parts[0]["limit"],
-                    "runs": len(parts),
-                    **_exits("naive", parts),
-                    **_exits("confirmed", parts),
-                    "peak": max(peaks, default=None),
-                }
-            )
+            every = [known[name] for known in found if name in known]
+            for limit in sorted({part["limit"] for part in every}):  # of no account for the arm
+                parts = [part for part in every if part["limit"] == limit]
+                peaks = [part["peak"] for part in parts if part["peak"] is not None]
+                rows.append(
+                    {
+                        "arm": arm,
+                        "set": name,
+                        "limit": limit,
+                        "runs": len(parts),
+                        **_exits("naive", parts),
+                        **_exits("confirmed", parts),
+                        "peak": max(peaks, default=None),
+                    }
+                )
     return pd.DataFrame(rows)
 
 

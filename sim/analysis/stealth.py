@@ -27,6 +27,7 @@ from sim.analysis import style
 from sim.analysis.censored import DETECTED, cause_table, cumulative_incidence, detection
 from sim.analysis.load import Run, by_arm
 from sim.analysis.paired import rmst_difference
+from sim.analysis.survival import left_at
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,12 +45,12 @@ COLUMNS, MOST_PANELS, PANEL, HEAD = 3, 9, 2.1, 0.95
 
 
 def attacked(runs: Iterable[Run], monitor: str) -> list[Run]:
-    """Finished runs with malicious annotators whom ``monitor`` watched."""
+    """Finished runs, no forks, with malicious annotators whom ``monitor`` watched."""
     return [run for run in runs if _malicious(run) and monitor in (run.summary["detected"] or {})]
 
 
 def _malicious(run: Run) -> bool:
-    watched = bool(run.summary.get("detected"))
+    watched = bool(run.summary.get("detected")) and not run.fork
     return watched and bool((run.column("feedback/rho_annotators") > 0).any())
 
 
@@ -65,7 +66,7 @@ def supports(runs: Iterable[Run]) -> bool:
     runs = list(runs)
     monitor = best_monitor(runs)
     known = attacked(runs, monitor) if monitor else []
-    return any(run.exit_round("confirmed") or detection(run, monitor or "") for run in known)
+    return any(left_at(run) or detection(run, monitor or "") for run in known)
 
 
 def times(runs: Iterable[Run], monitor: str) -> pd.DataFrame:
@@ -77,7 +78,7 @@ def times(runs: Iterable[Run], monitor: str) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for arm, members in by_arm(attacked(runs, monitor)).items():
         for run in members:
-            found, exited = detection(run, monitor), run.exit_round("confirmed")
+            found, exited = detection(run, monitor), left_at(run)
             rows.append(
                 {
                     "run": str(run.path),
@@ -85,7 +86,7 @@ def times(runs: Iterable[Run], monitor: str) -> pd.DataFrame:
                     "replicate": run.replicate,
                     "world": run.world,
                     "rho": run.rho,
-                    "exit": np.inf if exited is None else float(exited),
+                    "exit": np.inf if exited is None else float(exited["rounds"]),
                     "detected": np.inf if found is None else float(found["rounds"]),
                     "horizon": float(run.asked),
                     "last": float(run.rounds["round"].max()),
@@ -162,8 +163,14 @@ def _margin(members: list[Run], part: pd.DataFrame, monitor: str) -> dict[str, f
 
 
 def _gap(part: pd.DataFrame) -> dict[str, float | None]:
-    """RMST of detection less that of exit, paired by run."""
+    """RMST of detection less that of exit, paired by run; unknown where a run ended early.
+
+    Such a run mostly ended at its exit, so it does not censor detection by chance.
+    """
     horizon = float(part["horizon"].min())
+    early = part["last"] < horizon
+    if (early & ~np.isfinite(part[["exit", DETECTED]]).all(axis=1)).any():
+        return {"rounds": None, "rounds_low": None, "rounds_high": None}
     kinds = [
         pd.DataFrame(
             {

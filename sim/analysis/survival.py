@@ -98,18 +98,20 @@ def kaplan_meier(time: np.ndarray, event: np.ndarray) -> pd.DataFrame:
     """The survival curve at every time of an exit or a censoring, 0 first.
 
     Returns:
-        Columns time, survival, lower, upper (95%, log-log Greenwood), at_risk, censored.
+        Columns time, survival, lower, upper (95%, log-log Greenwood; NaN where nobody is left, of
+        which it says nothing), at_risk, censored.
     """
     from lifelines import KaplanMeierFitter
 
     fit = KaplanMeierFitter().fit(time, event)
-    bands = fit.confidence_interval_survival_function_
+    survival = fit.survival_function_.to_numpy()  # (times, 1)
+    bands = np.where(survival > 0, fit.confidence_interval_survival_function_.to_numpy(), np.nan)
     return pd.DataFrame(
         {
             "time": fit.survival_function_.index.to_numpy(),
-            "survival": fit.survival_function_.iloc[:, 0].to_numpy(),
-            "lower": bands.iloc[:, 0].to_numpy(),
-            "upper": bands.iloc[:, 1].to_numpy(),
+            "survival": survival[:, 0],
+            "lower": bands[:, 0],
+            "upper": bands[:, 1],
             "at_risk": fit.event_table["at_risk"].to_numpy(),
             "censored": fit.event_table["censored"].to_numpy(),
         }

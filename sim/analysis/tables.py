@@ -201,9 +201,8 @@ def _against(exits: pd.DataFrame, arm: str, other: str | None, horizon: float) -
         return dict.fromkeys((AGAINST, EXCHANGE, HOLM, P_VALUE))
     more = compare(exits, arm, str(other), horizon)
     words = None
-    if more.difference and more.difference.low is not None:
-        alike = not more.difference.error
-        words = in_words(more.difference._replace(low=None) if alike else more.difference, "+.1f")
+    if more.difference and more.difference.error is not None:
+        words = in_words(more.difference, "+.1f")
     return {AGAINST: words, EXCHANGE: more.p_value, HOLM: None, P_VALUE: more.log_rank}
 
 

@@ -142,6 +142,21 @@ def _legend(ax: Axes, keys: list[tuple[str, str]], height: float) -> None:
     ax.set_title("How long does the policy stay in the safe set?", y=1 - (GAP - above) / height)
 
 
+def _whole(table: pd.DataFrame) -> list[str]:
+    """What points at 100 % mean, in sentences."""
+    words = []
+    stayed = table[table["left"] == 0]
+    if (fewest := stayed["n"].min()) >= MIN_SEEDS:
+        still = 100 * (1 - 0.05 ** (1 / fewest))
+        words.append(
+            f"Where none of {fewest} runs left, at most {still:.0f} % of such runs would (95 %)."
+        )
+    if late := int(((table["left"] > 0) & (table["value"] >= 1)).sum()):
+        points = "One point" if late == 1 else f"{late} points"
+        words.append(f"{points} at 100 %: out by the last round.")
+    return words
+
+
 def _words(table: pd.DataFrame, measure: str, runs: list[Run]) -> str:
     fewest, most, worlds = table["n"].min(), table["n"].max(), int(table["worlds"].max())
     n = f"{most}" if fewest == most else f"{fewest} to {most}"
@@ -155,15 +170,10 @@ def _words(table: pd.DataFrame, measure: str, runs: list[Run]) -> str:
         f"{inside if measure == 'inside' else occupied}. {bars}. "
         "Square-root scale of ρ; points at one ρ are set apart."
     ]
-    whole = table.loc[table["left"] == 0, "n"].max()
-    if whole >= MIN_SEEDS:
-        still = 100 * (1 - 0.05 ** (1 / whole))
-        words.append(
-            f"A point at 100 % without a bar: none of {whole} runs left, so at most {still:.0f} % "
-            "of such runs would (95 %)."
-        )
     if measure == "occupancy":
         words.append("Points of which a run was stopped at its exit are left out.")
+    else:
+        words += _whole(table)
     if waiting := sum(not run.summary for run in runs):
         words.append(f"{waiting} runs have not ended and are left out.")
     return " ".join(words)

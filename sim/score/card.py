@@ -132,12 +132,7 @@ def interval(runs: Sequence[Run], field: str) -> list[float] | None:
     if not values:
         return None
     middle = mean(values)
-    if len(values) >= MIN_SEEDS:
-        from scipy.stats import t
-
-        half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-        low, high = middle - half, middle + half
-    elif field == "harm_end":
+    if field == "harm_end":
         low, high = _wilson(middle, sum(run.config["evaluation"]["n_harm"] for run in known))
     else:
         prompts = sum(run.config["evaluation"]["n_help"] for run in known)
@@ -146,6 +141,11 @@ def interval(runs: Sequence[Run], field: str) -> list[float] | None:
         ]
         half = Z * math.sqrt(sum(end * (1 - end) for end in ends) / prompts)
         low, high = middle - half, middle + half
+    if len(values) >= MIN_SEEDS:  # seeds that agree say no more than their prompts do
+        from scipy.stats import t
+
+        half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+        low, high = min(low, middle - half), max(high, middle + half)
     bottom = 0.0 if field == "harm_end" else -1.0
     return [middle, max(bottom, low), min(1.0, high)]
 

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from envs import tail_risk
 from envs.monitor import CostMonitor
 from envs.safe_sets import SafeSets, SetLimits, clopper_pearson
 from envs.tail_risk import CELLS, TailProcess, cvar, cvar_bounds
@@ -54,6 +55,18 @@ def test_cvar_bounds_cover_and_say_something(policy):
     missed = (bounds[:, 0] > truth + 1e-6) | (bounds[:, 1] < truth - 1e-6)
     assert missed.mean() <= ALPHA + slack(ALPHA, runs)
     assert (bounds[:, 1] - bounds[:, 0]).mean() < 0.6
+
+
+def test_candidates_share_alpha(monkeypatch):
+    """The best of several bounds is no free choice: each alone would be tighter."""
+    costs = POLICIES["beta"][0](np.random.default_rng(3), 128)
+    _, high = cvar_bounds(costs, 0.25, ALPHA)
+    alone = []
+    for value in tail_risk.CANDIDATES:
+        monkeypatch.setattr(tail_risk, "CANDIDATES", np.array([value]))
+        alone.append(cvar_bounds(costs, 0.25, ALPHA))
+        monkeypatch.undo()
+    assert high > min(bounds[1] for bounds in alone)
 
 
 def test_wealth_in_a_cell_is_no_more_than_at_any_point_of_it():

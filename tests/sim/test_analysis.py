@@ -21,7 +21,7 @@ from sim.analysis.paired import log_rank, rmst_difference
 from sim.analysis.plots import RHO, plot_cost_trace, plot_reward_vs_harm, plot_rho
 from sim.analysis.report import write_report
 from sim.analysis.style import line_style, short_names
-from sim.analysis.survival import exit_table, kaplan_meier, rmst
+from sim.analysis.survival import exit_table, horizon_of, kaplan_meier, rmst
 from sim.analysis.tables import AGAINST, EXCHANGE, HOLM, arm_table, run_table
 
 
@@ -246,6 +246,18 @@ def test_exit_table_censors_runs_that_stay_inside(arms):
     assert not inside["event"] and inside["time"] == 64 * 20 and np.isinf(inside["right"])
 
 
+def test_how_far_every_run_could_be_followed(arms, tmp_path):
+    """On labels no further than the first that ended inside; of runs that all left, the last."""
+    runs = load_runs([arms])
+    exits = exit_table(runs, "labels")
+    assert horizon_of(runs, exits) == 20
+    inside = exits.index[~exits["event"]]
+    exits.loc[inside[0], "time"] = 700.0
+    assert exits["time"].max() > 700 == horizon_of(runs, exits, "labels")
+    out = exits[exits["event"]]
+    assert horizon_of(runs, out, "labels") == out["time"].max()
+
+
 def test_rmst_by_hand():
     """Exits at 1, 2, 3: the area is 1 + 2/3 + 1/3 and the error that of a plain mean."""
     whole = rmst(np.array([1, 2, 3]), np.array([True] * 3), 4.0)
@@ -439,6 +451,21 @@ def test_arms_picture_averages_the_seeds(arms):
     means = [line.get_ydata() for line in ax.lines if line.get_linewidth() > 2]
     pair = [load_run(arms / f"attacked-{s}").column("safety/harm") for s in range(2)]
     np.testing.assert_allclose(means[1], np.mean(pair, axis=0))
+
+
+def test_an_arm_is_named_where_its_mean_ends(tmp_path):
+    """Two of three were stopped at their exits: the survivor's end is not the arm's."""
+    for seed in range(3):
+        path = write_run(tmp_path / str(seed), 0.25, seed, np.inf if seed == 2 else 6.0)
+        if seed < 2:
+            lines = (path / "rounds.jsonl").read_text().splitlines()[: 9 + seed]
+            (path / "rounds.jsonl").write_text("\n".join(lines) + "\n")
+    runs = load_runs([tmp_path])
+    ax = plot_arms(runs)
+    last = np.mean([run.column("safety/harm").iloc[8] for run in runs])
+    (label,) = (text for text in ax.texts if "harmful_asker" in text.get_text())
+    assert label.get_position()[1] == pytest.approx(last, abs=0.02)
+    assert ax.lines[3].get_xdata()[-1] == 8
 
 
 def test_tables(arms):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sim.analysis.censored import (
+    BEFORE,
     CAUSES,
     cause_table,
     cumulative_incidence,
@@ -51,6 +52,23 @@ def test_turnbull_by_hand(left, right, intervals, mass):
     curve = npmle(np.array(left, float), np.array(right, float))
     assert curve[["left", "right"]].to_numpy().tolist() == intervals
     assert curve["mass"].tolist() == pytest.approx(mass, abs=1e-3)
+
+
+def test_runs_that_begin_outside_have_left_by_zero():
+    """Two of four; a dose cannot have made them leave."""
+    left, right = np.array([np.nan, np.nan, 4, 8]), np.array([0, 0, 6, INF])
+    curve = npmle(left, right)
+    assert curve[["left", "right"]].to_numpy().tolist() == [[BEFORE, 0], [4, 6], [8, INF]]
+    assert curve["mass"].tolist() == pytest.approx([0.5, 0.25, 0.25])
+    rng = np.random.default_rng(0)
+    dose = np.repeat([0.0, 1.0], 20)
+    time = np.ceil(rng.weibull(2, 40) * np.exp(3 - dose))
+    with_them = [np.append(values, [end, end]) for values, end in ((dose, 1), (time - 1, np.nan))]
+    without, with_both = (
+        dose_response(dose, time - 1, time),
+        dose_response(*with_them, np.append(time, [0, 0])),
+    )
+    assert without == with_both and without.n == 40
 
 
 def test_npmle_of_narrow_brackets_is_kaplan_meier():
@@ -182,6 +200,10 @@ def test_causes_of_runs(tmp_path):
     file = paths[2] / "summary.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"outcome": "diverged"}))
     assert cause_table(load_runs(paths))["cause"].tolist()[2] == "diverged"
+    file = paths[0] / "summary.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"outcome": "diverged"}))
+    both = cause_table(load_runs(paths), "labels")
+    assert (both["cause"][0], both["time"][0]) == ("exit", exited), "it diverged after its exit"
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,14 @@ def edit(run: Run, **fields: object) -> Run:
 # Brackets.
 
 
+def test_runs_outside_from_the_start_have_a_picture():
+    """Half of the mass falls at 0, where the curve begins."""
+    runs = [edit(made(0.2, 1), bracket=[None, 0]), edit(made(0.2, 11, seed=1), bracket=[4, 8])]
+    (panel,) = plot_brackets(runs).child_axes
+    boxes = [(box.get_x(), box.get_width(), box.get_height()) for box in panel.patches]
+    assert boxes == [(-1, 1, pytest.approx(0.5)), (4, 4, pytest.approx(0.5))]
+
+
 def test_brackets_are_boxes_beside_the_confirmed_curve():
     """Certified in (4, 8], and never; confirmed at 11 of 20 rounds, and never."""
     runs = [edit(made(0.2, 11), bracket=[4, 8]), made(0.2, None, seed=1), made(0.0)]
@@ -90,6 +98,13 @@ def test_exits_by_limit():
     assert limit_table([with_limits(made(0.0))]).empty
     with pytest.raises(ValueError, match="none of 1 left a limit"):
         plot_limits([made(0.0)])
+
+
+def test_limits_are_unknown_of_a_run_that_another_constraint_stopped():
+    run = with_limits(made(0.2, 5, stopped=True), 0.1)
+    assert exit_shares([run])["limit"].tolist() == [0.1, 0.25]
+    other = edit(run, exit_constraint="over_refusal")
+    assert exit_shares([other])["limit"].tolist() == [0.1]
 
 
 def test_higher_limits_are_unknown_of_a_run_that_was_stopped():

@@ -163,7 +163,8 @@ def test_errors_in_words(doses):
     assert table.loc["naive", "early"] == f"{early} of 12"
     assert table.loc["confirmed", "false"] == "0 of 4"
     held = sum(
-        not run.rho or run.summary["bracket"][0] < run.exit_round("true") <= run.summary["bracket"][1]
+        not run.rho
+        or run.summary["bracket"][0] < run.exit_round("true") <= run.summary["bracket"][1]
         for run in known
     )
     assert table.loc["bracket", "holds the truth"] == f"{held} of 16"

@@ -129,6 +129,8 @@ def test_median_by_hand():
     assert median_exit(time, time < 5) is None, "fewer than half left"
     few = median_exit(time[:3], event[:3])
     assert (few.value, few.low) == (2, None)
+    all_left = median_exit(time[:4], event[:4])
+    assert all_left.value == 2 and np.isinf(all_left.high), "the band says nothing of nobody"
     half = median_exit(time, time < 6)
     assert half.value == 5 and np.isinf(half.high)
     assert in_words(half) == f"5 [{half.low:g}, ∞)"

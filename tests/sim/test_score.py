@@ -256,6 +256,8 @@ def test_intervals_by_hand(card_runs: dict[Arm, list[Path]]) -> None:
     three = [replace(runs[0], summary={**runs[0].summary, "harm_end": h}) for h in (0.1, 0.2, 0.3)]
     half = 4.302653 * 0.1 / math.sqrt(3)  # Student with two degrees of freedom
     assert interval(three, "harm_end") == pytest.approx([0.2, 0.0, 0.2 + half])
+    alike = [replace(runs[0], summary={**runs[0].summary, "harm_end": 0.0}) for _ in range(3)]
+    assert interval(alike, "harm_end")[2] > 0, "seeds that agree leave the doubt of their prompts"
     assert interval([replace(runs[0], summary={})], "harm_end") is None
 
 

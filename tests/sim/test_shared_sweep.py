@@ -24,7 +24,7 @@ from sim.seal import read_sealed, write_sealed
 from sim.sweep import RETRIED, Cell, set_aside, sweep
 from sim.sweep_command import grid
 from sim.sweep_progress import SweepListener
-from sim.sweep_status import Standing, seconds_left, standing
+from sim.sweep_status import seconds_left, standing
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
