@@ -218,6 +218,17 @@ class Record:
         if commits and self.journal.rows(commits[-1]) is None:
             raise self._damaged(ROUNDS)
 
+    def check_there(self, prefix: str) -> None:
+        """Refuse where a committed file whose name begins so is gone; what it holds is not read.
+
+        Raises:
+            ValueError: names the file.
+        """
+        for commit in self.commits():
+            for name in commit["files"]:
+                if name.startswith(prefix) and not (self.path / name).is_file():
+                    raise self._damaged(name)
+
     def summary(self) -> dict[str, Any] | None:
         """``summary.json``, None while the run has not ended, or has lost the end of its record."""
         file, commits = self.path / "summary.json", self.commits()

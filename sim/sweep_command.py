@@ -15,6 +15,7 @@ from envs.monitor import OUTCOMES
 from envs.usage import Interrupted, UsageError
 from sim import flags
 from sim.analysis.arm_names import arm_names
+from sim.checks import check
 from sim.config import Config
 from sim.files import check_out
 from sim.presets import PRESETS
@@ -119,6 +120,8 @@ def work(
         raise UsageError(f"retry={retried!r}; allowed: {', '.join(OUTCOMES)}")
     configs = chosen(options)
     cells = plan(configs, out)
+    for cell in cells if "--dry-run" in only else []:
+        check(cell.config)
     arms = set(arm_names([cell.config.to_dict() for cell in cells]))
     rounds = {cell.config.rounds for cell in cells}
     lengths = " or ".join(map(str, sorted(rounds)))

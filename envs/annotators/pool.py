@@ -58,7 +58,7 @@ class Pool:
         return np.take_along_axis(first, order, 1)
 
     def honest(self, view: View) -> np.ndarray:
-        """(N,) int8 honest votes; pairs that do not differ at all are skipped."""
+        """(N,) int8 honest votes; pairs that are worth the same are skipped."""
         logit = np.zeros(len(view.item))
         for behaviour in self.behaviours:
             logit = logit + behaviour.logit(view)

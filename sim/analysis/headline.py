@@ -17,6 +17,7 @@ from sim.analysis.arm_names import leaves
 from sim.analysis.claims import share_interval
 from sim.analysis.load import Run, by_arm
 from sim.analysis.retained import clean_twins, holds, learning_retained
+from sim.analysis.tables import PARENTS, branch_table
 
 MOST_SENTENCES = 8
 """Most attacks, or defences over a grid, that are told of one by one; the table holds the rest."""
@@ -46,9 +47,19 @@ class Group(NamedTuple):
         return f"{len(self.exits)} of {len(self.runs)} runs"
 
     @property
+    def unconfirmed(self) -> int:
+        """How many of the runs crossed the limit, or ended above it, with no exit confirmed."""
+        return sum(run.exit_round("confirmed") is None and outside(run) for run in self.runs)
+
+    @property
     def interval(self) -> str:
         """Where the share of runs that leave lies, at 95 %."""
         return _interval(len(self.exits), len(self.runs))
+
+
+def outside(run: Run) -> bool:
+    """Whether a finished run ended above the limit, or crossed it by the truth."""
+    return run.exit_round("true") is not None or (run.summary.get("harm_end") or 0.0) > run.limit
 
 
 def groups(runs: Iterable[Run]) -> list[Group]:
@@ -88,6 +99,7 @@ def answer_table(runs: Iterable[Run]) -> pd.DataFrame:
             "runs": len(group.runs),
             "left": len(group.exits),
             "share that left [95 %]": f"{len(group.exits) / len(group.runs):.2f} {group.interval}",
+            "outside, unconfirmed": group.unconfirmed,
             "median exit round": float(np.median(group.exits)) if group.exits else None,
             "harm at end": _mean(group.runs, "harm_end"),
             "help gain": _mean(group.runs, "help_gain"),
@@ -105,8 +117,9 @@ def _mean(runs: list[Run], name: str) -> float | None:
 
 def answer(runs: Iterable[Run]) -> list[str]:
     """The sentences that a report begins with."""
-    found = groups(runs)
-    if not found:
+    runs = list(runs)
+    found, branches = groups(runs), _branches(runs)
+    if not found and not branches:
         return ["No run has ended yet: nothing can be said of exits."]
     grids: list[Group] = []
     single: list[Group] = []
@@ -115,7 +128,19 @@ def answer(runs: Iterable[Run]) -> list[str]:
         graded = len({group.rho for group in mine}) >= GRID
         (grids if graded else single).extend(mine)
     clean = [group for group in found if not group.name]
-    return [*_over_grids(grids), *_one_by_one([*single, *clean])]
+    return [*_over_grids(grids), *_one_by_one([*single, *clean]), *branches]
+
+
+def _branches(runs: list[Run]) -> list[str]:
+    """A sentence for every fork that has ended."""
+    said = []
+    for row in branch_table(runs).to_dict("records"):
+        if pd.notna(end := row["harm at end"]):
+            there = "" if pd.isna(row[PARENTS]) else f", {row[PARENTS]:.2f} in its parent"
+            branch = f"From round {row['from round']} on with {row['changed']}"
+            said.append(f"{branch}: harm {end:.2f} at the end{there}.")
+    more = len(said) - MOST_SENTENCES
+    return said[:MOST_SENTENCES] + ([f"{more} more branches stand in their table."] * (more > 0))
 
 
 def _over_grids(found: list[Group]) -> list[str]:
@@ -126,7 +151,7 @@ def _over_grids(found: list[Group]) -> list[str]:
         for group in found:
             if group.name == name:
                 mine.setdefault(group.defences, []).append(group)
-        order = sorted(mine, key=lambda defences: (bool(defences), _share_left(mine[defences])))
+        order = sorted(mine, key=lambda defences: (bool(defences), *_rank(mine[defences])))
         for defences in order[:MOST_SENTENCES]:
             under = f"Under {name}, {f'with {defences}' if defences else 'without a defence'}:"
             said.append(f"{under} {_by_rho(mine[defences])}{_kept(mine[defences])}.")
@@ -135,8 +160,11 @@ def _over_grids(found: list[Group]) -> list[str]:
     return said
 
 
-def _share_left(mine: list[Group]) -> float:
-    return sum(len(group.exits) for group in mine) / sum(len(group.runs) for group in mine)
+def _rank(mine: list[Group]) -> tuple[bool, float, float]:
+    """Defences that hold at every rho come first, then those with the fewest exits."""
+    left = sum(len(group.exits) for group in mine) / sum(len(group.runs) for group in mine)
+    kept = [group.retained for group in mine if group.retained is not None]
+    return not all(group.holds for group in mine), left, -sum(kept) / max(1, len(kept))
 
 
 def _by_rho(mine: list[Group]) -> str:
@@ -146,11 +174,18 @@ def _by_rho(mine: list[Group]) -> str:
     n = sum(len(group.runs) for group in stayed)
     at = ", ".join(f"{group.rho:g}" for group in stayed)
     if not leaving:
-        return f"none of {n} runs left the safe set, at ρ = {at} (share in {_interval(0, n)})"
+        words = f"none of {n} runs left the safe set, at ρ = {at} (share in {_interval(0, n)})"
+        return words + _unconfirmed(mine)
     first, *more = leaving
     parts = [f"{first.left} left at ρ = {first.rho:g}"]
     parts += [f"{len(g.exits)} of {len(g.runs)} at {g.rho:g}" for g in more]
-    return ", ".join([*parts, f"none of {n} at {at}"] if stayed else parts)
+    return ", ".join([*parts, f"none of {n} at {at}"] if stayed else parts) + _unconfirmed(mine)
+
+
+def _unconfirmed(mine: list[Group]) -> str:
+    """Runs that count as having stayed and did not, in words; empty where there are none."""
+    count = sum(group.unconfirmed for group in mine)
+    return f" ({count} more crossed b or ended above it, unconfirmed)" if count else ""
 
 
 def _kept(mine: list[Group]) -> str:
@@ -185,6 +220,7 @@ def _one_by_one(found: list[Group]) -> list[str]:
 def _undefended(group: Group) -> str:
     under = f"Under {group.attack}, without a defence," if group.attack else "Without an attack"
     words = f"{under} {group.left} left the safe set (share in {group.interval} at 95 %)"
+    words += _unconfirmed([group])
     if not group.exits:
         return f"{words}."
     first, last = min(group.exits), max(group.exits)
@@ -200,7 +236,7 @@ def _defended(attack: str, mine: list[Group]) -> list[str]:
     if held:
         best = held[0]
         words = f"{best.defences} keeps the policy inside under {attack}: {best.left} left "
-        words += f"(share in {best.interval} at 95 %), "
+        words += f"(share in {best.interval} at 95 %){_unconfirmed([best])}, "
         words += f"and it kept {_percent(best)} of what honest feedback teaches."
         others = ", ".join(f"{group.defences} ({_percent(group)})" for group in held[1:6])
         more = f" and {len(held) - 6} more" if len(held) > 6 else ""

@@ -44,17 +44,19 @@ def collect(runs: Sequence[Run], several: bool) -> Samples:
         several: whether a fork's parent may be among them; its rounds are then left to it.
 
     Raises:
-        ValueError: a part that is read is damaged.
+        ValueError: a part is gone, or one that is read is damaged.
     """
     tables, rounds, recorded = [], 0, 0
     for place, run in enumerate(runs):
         since = run.began if several else 0
+        record = Record(run.path)
+        record.check_there("samples/")
         parts = [part for part in sorted((run.path / "samples").glob("part-*.parquet"))]
         parts = [part for part in parts if _round(part) > since]  # a part holds the round before
         if not parts:
             continue
         kept, most = _thinned(parts, MOST // len(runs), MOST_TEXT // len(runs))
-        Record(run.path).check(tuple(f"samples/{part.name}" for part in kept))
+        record.check(tuple(f"samples/{part.name}" for part in kept))
         frame = read_parts(kept)
         frame = frame[frame["round"] >= since]  # a delay puts earlier rounds into a part
         frame = frame[frame.groupby("round").cumcount() < most]

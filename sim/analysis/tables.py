@@ -22,6 +22,8 @@ AGAINST, P_VALUE = "rounds inside vs undefended [95 %]", "log-rank p"
 EXCHANGE, HOLM = "exchange p", "exchange p, Holm"
 MEDIAN = "median exit [95 %]"
 """Columns of what a defence changed, and when half had left; left out where they hold nothing."""
+PARENTS = "parent's harm at end"
+"""What a fork's harm at its end is read against."""
 FOUND = "an exit, at FDR"
 """Column of e-BH over the arms, before the rate; left out of a table of one arm."""
 
@@ -83,7 +85,7 @@ def branch_table(runs: Iterable[Run]) -> pd.DataFrame:
                 "changed": _changed(run.fork["changed"]),
                 "harm there": float(there.iloc[0]) if len(there) else None,
                 "harm at end": run.summary.get("harm_end"),
-                "parent's harm at end": parent and parent.summary.get("harm_end"),
+                PARENTS: parent and parent.summary.get("harm_end"),
                 "help at end": run.summary.get("help_end"),
                 "parent's help at end": parent and parent.summary.get("help_end"),
             }

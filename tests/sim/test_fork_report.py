@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from sim.analysis.arms import plot_arms
+from sim.analysis.headline import answer
 from sim.analysis.load import load_run, load_runs
 from sim.analysis.plots import plot_cost_trace
 from sim.analysis.report import write_report
@@ -47,6 +48,18 @@ def test_a_fork_is_another_arm_than_the_run_that_was_so_from_its_start(branches)
     }
     late = next(run for run in runs if run.path.name == "late")
     assert late.title.endswith("+ lisa(rho=10) from round 6, seed 0")
+
+
+def test_the_answer_has_a_sentence_a_branch(branches):
+    said = answer(load_runs([branches]))
+    late, calm = (load_run(branches / name).summary["harm_end"] for name in ("late", "calm"))
+    parent = f"{load_run(branches / 'attacked').summary['harm_end']:.2f} in its parent."
+    lines = {line.partition(" with ")[0]: line for line in said if line.startswith("From")}
+    assert lines["From round 6 on"].endswith(
+        f"with defences none → lisa(rho=10): harm {late:.2f} at the end, {parent}"
+    )
+    assert lines["From round 4 on"].endswith(f": harm {calm:.2f} at the end, {parent}")
+    assert len(answer([load_run(branches / "late")])) == 1
 
 
 def test_forks_that_come_from_elsewhere_are_told_apart(tmp_path):

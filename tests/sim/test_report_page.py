@@ -78,6 +78,24 @@ def test_a_second_page_in_one_place_leaves_nothing_of_the_first(runs, tmp_path):
     assert there == written | {theirs}
 
 
+def test_who_is_outside_unconfirmed_is_said(tmp_path):
+    """Two defended runs ended above the limit or crossed it by the truth: neither has an exit."""
+    for rho in (0.1, 0.2, 0.4):
+        for seed in range(2):
+            for defences in ((), ("freeze",), ("refusal_loss",)):
+                write_run(tmp_path / f"{rho}{defences}{seed}", rho, seed, np.inf, defences)
+    loaded = load_runs([tmp_path])
+    mine = [run for run in loaded if run.config["defences"] == ["refusal_loss"]]
+    mine[0].summary["harm_end"] = 0.4
+    mine[1].summary["exit_true"] = {"rounds": 7}
+    said = answer(loaded)
+    assert said[-1].startswith("Under harmful_asker, with refusal_loss: none of 6 runs left")
+    assert "(2 more crossed b or ended above it, unconfirmed)" in said[-1]
+    assert "unconfirmed" not in said[0] + said[1]
+    told = answer_table(loaded).groupby("defence")["outside, unconfirmed"].sum()
+    assert told.to_dict() == {"freeze": 0, "none": 0, "refusal_loss": 2}
+
+
 def test_thin_and_unfinished_runs_are_told(runs, tmp_path):
     shutil.copytree(runs, tmp_path / "runs")
     (tmp_path / "runs" / "clean-0" / "summary.json").unlink()

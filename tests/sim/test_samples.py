@@ -54,3 +54,6 @@ def test_samples_that_can_be_read_are_compared_with_their_hashes(tmp_path):
     journal.commit(20, {f"samples/{part.name}": [part.stat().st_size, "another"]})
     with pytest.raises(UsageError, match=f"samples/{part.name} is damaged or gone"):
         samples.collect(load_runs([tmp_path]), False)
+    part.unlink()  # no page without it, as if it had never been
+    with pytest.raises(UsageError, match=f"samples/{part.name} is damaged or gone"):
+        samples.collect(load_runs([tmp_path]), False)

@@ -159,6 +159,9 @@ def test_a_sweep_is_read_from_a_file(
     file.write_text("rho: [[0]]\n")
     assert main(["sweep", "grid.yaml", "--dry-run"]) == 2
     assert "allowed: a value or a list of values" in capsys.readouterr().err
+    assert main(["sweep", "--rho", ".2", "--defence", "lissa", "--dry-run"]) == 2
+    said = capsys.readouterr()
+    assert "defence: unknown name 'lissa'" in said.err and not said.out
     assert main(["sweep", "exit-times", "--dry-run"]) == 0
     assert "756 runs" in capsys.readouterr().out
 

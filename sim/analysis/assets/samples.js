@@ -124,7 +124,7 @@ function answer(row, side) {
 function sampleCard(row) {
   const who = row.adversarial
     ? node("span", "bad", "adversarial") : node("span", "good", "honest");
-  const vote = { a: "voted A", b: "voted B", tie: "called a tie", skip: "skipped" }[row.vote];
+  const vote = { a: "voted A", b: "voted B", tie: "called a tie", skip: "skipped, as worth the same" }[row.vote];
   const line = node("div", "quiet", "annotator " + row.annotator + ", ", who, ", " + vote);
   if (row.vote !== row.honest_vote) {
     const honest = { a: "A", b: "B", tie: "a tie", skip: "a skip" }[row.honest_vote];
