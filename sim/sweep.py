@@ -22,9 +22,9 @@ from typing import Any
 
 from envs.registry import brief
 from envs.usage import UsageError
-from sim.analysis.arm_names import SEEDS, identity
 from sim.checks import check, settled
 from sim.config import Config
+from sim.identity import SEEDS, identity
 from sim.lease import LEASES, Lease
 from sim.manifest import code_now, code_of
 from sim.pool import Job, work_off

@@ -11,9 +11,9 @@ from typing import Any
 
 from agents.defence import defences
 from envs.usage import UsageError
-from sim.analysis.arm_names import leaves
 from sim.config import Config
 from sim.evaluation_config import STOPS
+from sim.identity import leaves
 from sim.record import Record
 from sim.seal import read_sealed
 
