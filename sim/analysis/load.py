@@ -134,7 +134,7 @@ class Run:
         return None if when is None else int(when["rounds"])
 
     def table(self, name: str) -> pd.DataFrame:
-        """Join the parts of ``labels``, ``truth``, ``samples`` or ``gold``; empty if there are none.
+        """Join the parts of ``labels``, ``truth``, ``samples`` or ``gold``; empty without parts.
 
         Raises:
             ValueError: a part is damaged or gone.
