@@ -31,7 +31,6 @@ class Audited(NamedTuple):
     value: np.ndarray  # unbiased
     low: np.ndarray  # holds the mean with probability 1 - alpha, in [0, 1]
     high: np.ndarray
-    naive: np.ndarray  # what the classifier alone says
 
 
 def audited_mean(
@@ -66,5 +65,4 @@ def audited_mean(
         value=z.mean(-1),
         low=np.clip(low * scale - wide, 0, 1),
         high=np.clip(high * scale - wide, 0, 1),
-        naive=classifier.mean((-2, -1)),
     )

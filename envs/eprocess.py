@@ -32,12 +32,13 @@ CAP = 0.5
 MARGINS = (0.05, 0.1, 0.2, 0.4)
 """Each bet is the growth-optimal one against a mean cost of the limit plus a margin."""
 _BISECTIONS = 24
-STAKES: dict[str, tuple[Callable[[int], float], Callable[[int], float]]] = {
+STAKES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "mixture": (lambda t: -np.log(t * (t + 1.0)), lambda t: -np.log(t + 1.0)),
     "first": (lambda t: 0.0 if t == 1 else -np.inf, lambda t: -np.inf if t else 0.0),
     "every": (lambda t: 0.0, lambda t: -np.inf),
 }
-"""Log stake that enters at checkpoint t >= 1, and log stake that still waits after t >= 0."""
+"""Log stake that enters at checkpoint t >= 1, and log stake that still waits after t >= 0;
+those of ``mixture`` for arrays of t too."""
 
 
 def log_wealth(costs: np.ndarray, mean: np.ndarray | float, alpha: float) -> np.ndarray:

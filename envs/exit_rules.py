@@ -42,7 +42,7 @@ class Plan:
     alpha: float = 0.05
     """Probability of a false exit, where the rule bounds one."""
     planned: int = 1
-    """J, checkpoints there will be; read by ``cp_planned`` alone."""
+    """J, checkpoints there will be; read by ``cp_planned`` and by brackets."""
     run_length: float = 400.0
     """A, mean checkpoints before a false alarm; read by ``e_sr`` alone."""
 

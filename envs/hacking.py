@@ -21,13 +21,13 @@ from envs.types import ECHO, EMPTY, GIBBERISH
 from envs.world.language import EOS, PAD
 
 FORMS = ("short", "gibberish", "echo")
-STRATA = ("harmful", "benign")
+PROMPT_KINDS = ("harmful", "benign")
 """Prompts that answers are counted on: harmful ones, and all others."""
 
 
-def column(form: str, stratum: str) -> str:
+def column(form: str, kind: str) -> str:
     """Where a round's record has the share of a form."""
-    return f"hacking/{form}_{stratum}"
+    return f"hacking/{form}_{kind}"
 
 
 def words(ids: np.ndarray) -> np.ndarray:
@@ -55,15 +55,15 @@ def forms(verdict: np.ndarray, units: np.ndarray) -> dict[str, np.ndarray]:
 
 def shares(verdict: np.ndarray, units: np.ndarray, harmful: int) -> dict[str, float]:
     """Columns of one evaluation whose first ``harmful`` answers are to harmful prompts."""
-    parts = {"harmful": slice(None, harmful), "benign": slice(harmful, None)}
+    parts = dict(zip(PROMPT_KINDS, (slice(harmful), slice(harmful, None)), strict=True))
     found = forms(verdict, units).items()
     return {
-        column(k, name): shown[part].mean() for k, shown in found for name, part in parts.items()
+        column(k, kind): shown[part].mean() for k, shown in found for kind, part in parts.items()
     }
 
 
 def summary(rows: Iterable[Mapping[str, Any]], above: float) -> dict[str, Any]:
-    """By form: the peak share of each stratum with its round, and the first above a share.
+    """By form: the peak share on each kind of prompt with its round, and the first above a share.
 
     Args:
         rows: evaluated rounds; those without the columns have no part.
@@ -73,11 +73,11 @@ def summary(rows: Iterable[Mapping[str, Any]], above: float) -> dict[str, Any]:
         By form ``{"harmful": {"start", "peak", "peak_round", "end"}, "benign": ..., "first":
         round}``; None where nothing was measured, or no share was above.
     """
-    rows = [row for row in rows if row.get(column(FORMS[0], STRATA[0])) is not None]
+    rows = [row for row in rows if row.get(column(FORMS[0], PROMPT_KINDS[0])) is not None]
     found: dict[str, Any] = {}
     for form in FORMS:
-        parts = {name: [row[column(form, name)] for row in rows] for name in STRATA}
-        found[form] = {name: _course(rows, values) for name, values in parts.items()}
+        parts = {kind: [row[column(form, kind)] for row in rows] for kind in PROMPT_KINDS}
+        found[form] = {kind: _course(rows, values) for kind, values in parts.items()}
         common = (max(pair) > above for pair in zip(*parts.values(), strict=True))
         first = next((row["round"] for row, is_ in zip(rows, common, strict=True) if is_), None)
         found[form]["first"] = first

@@ -31,7 +31,7 @@ import numpy as np
 
 from envs.collapse import CollapseRule, Fluency
 from envs.eprocess import EProcess, betting_bounds, log_wealth
-from envs.occupation import fill_in, path, sustained_exit
+from envs.occupation import fill_in, occupation_summary, sustained_exit
 from envs.safe_sets import SafeSets, SetLimits
 
 OUTCOMES = ("diverged", "exited", "collapsed", "safe")
@@ -260,7 +260,7 @@ class CostMonitor:
             "bracket": None if high is None else [low, high],
             "last_certified_safe": low,
             "bracket_recomputed": len(state["planned"]) > 1,
-            **path(past, self.constraints["harm"]),
+            **occupation_summary(past, self.constraints["harm"]),
             "sets": self._sets.summary(),
             "tau_b": state["tau_b"],
             "diverged_at": state["diverged"],

@@ -7,7 +7,7 @@ the one before, dt_i = t_i - t_{i-1} (and dt_0 = 0),
     occupation   sum dt_i 1{inside at t_i}        excess   sum dt_i (C_i - b)+
 
 where *inside* is the side that intervals certify, and fluent (:mod:`envs.monitor`). The sustained
-exit is the first evaluation that ends ``row`` evaluations in a row whose means are above a limit:
+exit is the first evaluation that ends ``in_a_row`` of them whose means are all above a limit:
 its date is that of the last of them, when it is known, and ``since`` is the round of the first.
 """
 
@@ -20,18 +20,18 @@ CLOCKS = ("rounds", "labels", "malicious_labels", "flips", "optimizer_steps", "t
 """Clocks that only go forward; KL from the reference is told of exits, but is no time to spend."""
 
 
-def sustained_exit(past: Sequence[Mapping[str, Any]], row: int) -> dict[str, Any] | None:
-    """Clocks of the evaluation that ends the first ``row`` in a row outside, and ``since`` when.
+def sustained_exit(past: Sequence[Mapping[str, Any]], in_a_row: int) -> dict[str, Any] | None:
+    """Clocks of the evaluation that ends the first ``in_a_row`` outside, and ``since`` when.
 
     Args:
         past: evaluations with ``round``, ``when`` and ``safe``: all means at most their limits.
-        row: how many make an exit sustained.
+        in_a_row: how many make an exit sustained.
     """
     outside = 0
     for i, evaluation in enumerate(past):
         outside = 0 if evaluation["safe"] else outside + 1
-        if outside == row:
-            return {**evaluation["when"], "since": past[i - row + 1]["round"]}
+        if outside == in_a_row:
+            return {**evaluation["when"], "since": past[i - in_a_row + 1]["round"]}
     return None
 
 
@@ -41,7 +41,7 @@ def fill_in(evaluation: dict[str, Any], limit: float) -> None:
     evaluation.setdefault("when", {"rounds": evaluation["round"]})
 
 
-def path(past: Sequence[Mapping[str, Any]], limit: float) -> dict[str, Any]:
+def occupation_summary(past: Sequence[Mapping[str, Any]], limit: float) -> dict[str, Any]:
     """Occupancy, occupation and excess by clock, returns and the peak, of all evaluations.
 
     Args:

@@ -45,7 +45,7 @@ def _run(runs: int, seed: int, out: Path | None) -> int:
     from sim import exit_study as study
     from sim.files import as_csv, dumps, write_atomic
 
-    steps = len(study.CELLS) * len(RULES) + len(study.BRACKET_CELLS) * len(KINDS)
+    steps = len(study.CURVES) * len(RULES) + len(study.BRACKET_CURVES) * len(KINDS)
     # On stderr, so that the table can be piped.
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("simulating", total=steps)

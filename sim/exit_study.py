@@ -30,46 +30,46 @@ TRUE_EXIT = int(STEPS[np.flatnonzero(PLAN.limit < RISE)[0]])
 SIZES, FLAT, FLAT_SIZE = (16, 64, 256), (0.12, 0.195), 64
 
 
-class Cell(NamedTuple):
-    """One curve of mean costs and the draws at each of its checkpoints."""
+class Curve(NamedTuple):
+    """Mean costs and the draws at each of its checkpoints."""
 
     name: str
-    curve: np.ndarray  # (J,)
+    means: np.ndarray  # (J,)
     n: int
 
 
-CELLS = (
-    *(Cell("rise", RISE, n) for n in SIZES),
-    *(Cell(f"flat {cost:g}", np.full(len(STEPS), cost), FLAT_SIZE) for cost in FLAT),
+CURVES = (
+    *(Curve("rise", RISE, n) for n in SIZES),
+    *(Curve(f"flat {cost:g}", np.full(len(STEPS), cost), FLAT_SIZE) for cost in FLAT),
 )
 
 
 def simulate(runs: int, seed: int, told: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
-    """One row per cell and rule: shares and delay with their standard errors.
+    """One row per curve and rule: shares and delay with their standard errors.
 
     Args:
-        runs: simulated runs a cell.
+        runs: simulated runs a curve.
         seed: root seed of the draws.
-        told: called after every cell and rule.
+        told: called after every curve and rule.
 
     Returns:
-        Rows with cell, n, rule, runs; rising cells add early, delay, unconfirmed and dated (runs
+        Rows with cell, n, rule, runs; rising curves add early, delay, unconfirmed and dated (runs
         that the delay is a mean over), flat ones false_exit; errors under the name with ``_se``.
     """
     rows = []
-    for cell in CELLS:
-        rng = stream(seed, "exit rules", cell.name, cell.n)
-        costs = [rng.random((runs, cell.n)) < mean for mean in cell.curve]
+    for curve in CURVES:
+        rng = stream(seed, "exit rules", curve.name, curve.n)
+        costs = [rng.random((runs, curve.n)) < mean for mean in curve.means]
         for rule in RULES:
-            found = {"cell": cell.name, "n": cell.n, "rule": rule, "runs": runs}
-            rows.append({**found, **_measured(cell, date(rule, costs, PLAN))})
+            found = {"cell": curve.name, "n": curve.n, "rule": rule, "runs": runs}
+            rows.append({**found, **_measured(curve, date(rule, costs, PLAN))})
             told()
     return rows
 
 
-def _measured(cell: Cell, dates: np.ndarray) -> dict[str, Any]:
+def _measured(curve: Curve, dates: np.ndarray) -> dict[str, Any]:
     called = dates != NEVER
-    if cell.name != "rise":
+    if curve.name != "rise":
         return _share("false_exit", called)
     steps = STEPS[dates]
     early = called & (steps < TRUE_EXIT)
@@ -88,7 +88,7 @@ def _share(name: str, where: np.ndarray) -> dict[str, float]:
     return {name: share, f"{name}_se": float(np.sqrt(share * (1 - share) / where.size))}
 
 
-BRACKET_CELLS = tuple(Cell("rise", RISE, n) for n in (64, 128, 256))
+BRACKET_CURVES = tuple(Curve("rise", RISE, n) for n in (64, 128, 256))
 
 
 def bracket_rows(
@@ -101,9 +101,9 @@ def bracket_rows(
         safe, 200 where nothing unsafe) and coverage, each with its error under ``_se``.
     """
     rows = []
-    for cell in BRACKET_CELLS:
-        rng = stream(seed, "brackets", cell.n)
-        costs = [rng.random((runs, cell.n)) < mean for mean in cell.curve]
+    for curve in BRACKET_CURVES:
+        rng = stream(seed, "brackets", curve.n)
+        costs = [rng.random((runs, curve.n)) < mean for mean in curve.means]
         for kind in KINDS:
             left, right = brackets(kind, costs, PLAN)
             low = np.where(left == NEVER, 0, STEPS[left])
@@ -112,7 +112,7 @@ def bracket_rows(
             means = {name: float(v.mean()) for name, v in ends.items()}
             errors = {f"{k}_se": float(v.std(ddof=1) / np.sqrt(runs)) for k, v in ends.items()}
             covers = (low < TRUE_EXIT) & (high >= TRUE_EXIT)
-            found = {"n": cell.n, "bracket": kind, "runs": runs}
+            found = {"n": curve.n, "bracket": kind, "runs": runs}
             rows.append({**found, **means, **errors, **_share("coverage", covers)})
             told()
     return rows
@@ -121,12 +121,12 @@ def bracket_rows(
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The rows as a table, one line a rule; each value with its standard error."""
     by = {(row["cell"], row["n"], row["rule"]): row for row in rows}
-    heads = [f"n = {cell.n}: early | delay" for cell in CELLS if cell.name == "rise"]
+    heads = [f"n = {curve.n}: early | delay" for curve in CURVES if curve.name == "rise"]
     heads += [f"false exit, C = {cost:g}, n = {FLAT_SIZE}" for cost in FLAT]
     head = " | ".join(["rule", *heads])
     lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|"]
     for rule, known in RULES.items():
-        cells = (_values(by[cell.name, cell.n, rule]) for cell in CELLS)
+        cells = (_values(by[curve.name, curve.n, rule]) for curve in CURVES)
         lines.append(
             " | ".join([f"| {known.says}", *(v for values in cells for v in values)]) + " |"
         )

@@ -1,6 +1,6 @@
-"""Who is at work on a cell of a sweep, so that drivers which share a folder never share a cell.
+"""Who is at work on a run of a sweep, so that drivers which share a folder never share a run.
 
-A cell's leases are files ``.leases/<cell>.<n>``; the one with the largest number counts. Each holds
+A run's leases are files ``.leases/<run>.<n>``; the one with the largest number counts. Each holds
 its owner and is touched every few seconds. One whose owner is dead (on this host), or that has not
 been touched for long (on another), is taken over by making number n + 1, which only one process
 can; an empty one is free. Numbers never begin anew, so nobody is deceived by what he saw a while
@@ -10,6 +10,7 @@ ago. Ages are the file system's own: clocks of hosts may differ.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import socket
@@ -29,25 +30,25 @@ STALE = 60.0
 
 
 class Lease:
-    """The right to work on one cell, while :meth:`held`."""
+    """The right to work on one run, while :meth:`held`."""
 
-    def __init__(self, folder: Path, cell: str, number: int):
-        self.folder, self.cell, self.number = folder, cell, number
-        self.path = folder / f"{cell}.{number}"
+    def __init__(self, folder: Path, run: str, number: int):
+        self.folder, self.run, self.number = folder, run, number
+        self.path = folder / f"{run}.{number}"
 
     @classmethod
-    def claim(cls, folder: Path, cell: str) -> Lease | None:
-        """The lease of ``cell``, or None while another process has it."""
+    def claim(cls, folder: Path, run: str) -> Lease | None:
+        """The lease of ``run``, or None while another process has it."""
         folder.mkdir(parents=True, exist_ok=True)
-        known = _numbers(folder, cell)
+        known = _numbers(folder, run)
         last = known[-1] if known else 0
-        if last and owner(folder, cell) is not None:
+        if last and owner(folder, run) is not None:
             return None
-        lease = cls(folder, cell, last + 1)
+        lease = cls(folder, run, last + 1)
         if not lease._make() or not lease.held():
             return None
         for number in known:
-            (folder / f"{cell}.{number}").unlink(missing_ok=True)
+            (folder / f"{run}.{number}").unlink(missing_ok=True)
         return lease
 
     def _make(self) -> bool:
@@ -65,7 +66,7 @@ class Lease:
 
     def held(self) -> bool:
         """Whether nobody has taken it over."""
-        return _numbers(self.folder, self.cell)[-1:] == [self.number]
+        return _numbers(self.folder, self.run)[-1:] == [self.number]
 
     @contextmanager
     def beating(self) -> Iterator[None]:
@@ -88,12 +89,12 @@ class Lease:
                 os.truncate(self.path, 0)
 
 
-def owner(folder: Path, cell: str) -> str | None:
-    """``host:pid`` of the process that is at work on ``cell``; None where there is none."""
-    numbers = _numbers(folder, cell)
+def owner(folder: Path, run: str) -> str | None:
+    """``host:pid`` of the process that is at work on ``run``; None where there is none."""
+    numbers = _numbers(folder, run)
     if not numbers:
         return None
-    path = folder / f"{cell}.{numbers[-1]}"
+    path = folder / f"{run}.{numbers[-1]}"
     try:
         text, touched = path.read_text(), path.stat().st_mtime
     except FileNotFoundError:  # taken over or freed at this moment
@@ -111,14 +112,9 @@ def owner(folder: Path, cell: str) -> str | None:
     return name if fresh else None
 
 
-def _numbers(folder: Path, cell: str) -> list[int]:
-    found = (path.name.removeprefix(f"{cell}.") for path in folder.glob(f"{_plain(cell)}.*"))
+def _numbers(folder: Path, run: str) -> list[int]:
+    found = (path.name.removeprefix(f"{run}.") for path in folder.glob(f"{glob.escape(run)}.*"))
     return sorted(int(number) for number in found if number.isdecimal())
-
-
-def _plain(name: str) -> str:
-    """``name`` with nothing in it that a pattern would read."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def _now(folder: Path) -> float:

@@ -27,7 +27,6 @@ from sim.listener import Listener
 from sim.sweep_progress import SweepListener
 from sim.sweep_status import error_file
 
-ELSEWHERE = "another sweep is at work on it"
 AGAIN = 2.0
 """Seconds until a run that another sweep is at work on is asked for again."""
 
@@ -40,7 +39,7 @@ class Job(NamedTuple):
     track: str | None = None
 
 
-class Speaks(Protocol):
+class Sender(Protocol):
     """Where a worker tells of its rounds."""
 
     def send(self, message: tuple[str, Any], /) -> None:
@@ -70,13 +69,20 @@ class Worker:
         self.pipe.close()
 
 
-def work_off(
-    jobs: Sequence[Job], processes: int | None, listener: SweepListener
-) -> dict[Path, str]:
-    """Do every job, ``processes`` (one per core when None) at a time; failures by path."""
+def work_off(jobs: Sequence[Job], at_once: int | None, listener: SweepListener) -> dict[Path, str]:
+    """Do every job, each in one of so many processes.
+
+    Args:
+        jobs: the runs.
+        at_once: runs at a time; one per core when None.
+        listener: hears of every round and every end.
+
+    Returns:
+        Failures by path.
+    """
     failures: dict[Path, str] = {}
     waiting, elsewhere = deque(jobs), deque[tuple[float, Job]]()
-    workers = [Worker() for _ in range(min(processes or os.cpu_count() or 1, len(jobs)))]
+    workers = [Worker() for _ in range(min(at_once or os.cpu_count() or 1, len(jobs)))]
     try:
         while True:
             while elsewhere and elsewhere[0][0] <= time.monotonic():
@@ -89,12 +95,17 @@ def work_off(
                 return failures
             ready = wait_for([worker.pipe for worker in busy], AGAIN if elsewhere else None)
             for worker in (w for w in busy if w.pipe in ready):
-                job, failure = worker.job, _hear(worker, listener)
-                if failure == ELSEWHERE and job:
+                job, (kind, content) = worker.job, _hear(worker)
+                assert job, "an idle worker has nothing to say"
+                if kind == "round":
+                    listener.round(job.path, content)
+                elif kind == "done":
+                    listener.done(job.path, content)
+                elif kind == "elsewhere":
                     elsewhere.append((time.monotonic() + AGAIN, job))
-                elif failure and job:
-                    failures[job.path] = failure
-                    listener.failed(job.path, failure)
+                else:
+                    failures[job.path] = content
+                    listener.failed(job.path, content)
                 if not worker.process.is_alive():
                     worker.stop()
                     workers[workers.index(worker)] = Worker()
@@ -103,24 +114,17 @@ def work_off(
             worker.stop()
 
 
-def _hear(worker: Worker, listener: SweepListener) -> str | None:
-    """Pass on one message of ``worker``; returns the failure that it tells of, if any."""
-    assert worker.job, "an idle worker has nothing to say"
-    path = worker.job.path
+def _hear(worker: Worker) -> tuple[str, Any]:
+    """One message of ``worker``, which has no job after one that is not of a round."""
     try:
         kind, content = worker.pipe.recv()
     except (EOFError, ConnectionResetError):
         worker.process.join()
+        code = worker.process.exitcode
+        kind, content = "failed", f"its process ended with code {code} (killed, or out of memory)"
+    if kind != "round":
         worker.job = None
-        return f"its process ended with code {worker.process.exitcode} (killed, or out of memory)"
-    if kind == "round":
-        listener.round(path, content)
-        return None
-    worker.job = None
-    if kind == "done":
-        listener.done(path, content)
-        return None
-    return content
+    return kind, content
 
 
 class _LeaseLost(Exception):
@@ -130,7 +134,7 @@ class _LeaseLost(Exception):
 class _Relay(Listener):
     """Sends a run's rounds through the pipe, as long as the run is this process's."""
 
-    def __init__(self, pipe: Speaks, lease: Lease):
+    def __init__(self, pipe: Sender, lease: Lease):
         self.pipe = pipe
         self.lease = lease
 
@@ -165,23 +169,24 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def claimed(job: Job, pipe: Speaks) -> tuple[str, Any]:
+def claimed(job: Job, pipe: Sender) -> tuple[str, Any]:
     """Do one job, unless another process is at it; what came of it, and of its rounds by ``pipe``.
 
     Returns:
-        ``("done", summary)``, or ``("failed", reason)``, of which :data:`ELSEWHERE` is one.
+        ``("done", summary)``, ``("failed", reason)``, or ``("elsewhere", None)`` where another
+        sweep is at work on it.
     """
     try:
         lease = Lease.claim(job.path.parent / LEASES, job.path.name)
     except OSError as error:
         return "failed", f"{type(error).__name__}: {error}"
     if lease is None:
-        return "failed", ELSEWHERE
+        return "elsewhere", None
     with lease.beating():
         try:
             return _do(job, _Relay(pipe, lease))
         except _LeaseLost:
-            return "failed", ELSEWHERE
+            return "elsewhere", None
 
 
 def _do(job: Job, relay: Listener) -> tuple[str, Any]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from envs.usage import UsageError, blamed_on
-from sim.pool import AGAIN, ELSEWHERE, Job, claimed
+from sim.pool import AGAIN, Job, claimed
 from sim.sweep_progress import SweepListener
 
 LOCAL = "local"
@@ -84,7 +84,7 @@ def cluster(address: str, jobs: int | None) -> Iterator[Any]:
         ray.shutdown()
 
 
-class Ears:
+class Mailbox:
     """Keeps what workers tell until the driver asks."""
 
     def __init__(self) -> None:
@@ -100,27 +100,27 @@ class Ears:
         return told
 
 
-class _Mouth:
-    """A worker's end of :class:`Ears`, with the method of a pipe."""
+class MailboxSender:
+    """A worker's end of :class:`Mailbox`, with the method of a pipe."""
 
-    def __init__(self, ears: Any, path: Path):
-        self.ears, self.path = ears, path
+    def __init__(self, mailbox: Any, path: Path):
+        self.mailbox, self.path = mailbox, path
 
     def send(self, message: tuple[str, Any]) -> None:
         """Tell ``message``, and wait until it is heard."""
         import ray
 
-        ray.get(self.ears.tell.remote(self.path, message))
+        ray.get(self.mailbox.tell.remote(self.path, message))
 
 
-def attempt(job: Job, ears: Any, folder: str) -> tuple[str, Any]:
+def attempt(job: Job, mailbox: Any, folder: str) -> tuple[str, Any]:
     """What a task does: one run, in the driver's working folder, or nothing if another is at it."""
     warnings.simplefilter("ignore", UserWarning)  # the driver has said what is unusual
     try:
         os.chdir(folder)
     except OSError as error:
         return "failed", f"{folder}: {error.strerror} on {os.uname().nodename}"
-    return claimed(job, _Mouth(ears, job.path))
+    return claimed(job, MailboxSender(mailbox, job.path))
 
 
 def work_off(
@@ -140,7 +140,7 @@ def work_off(
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    ears = ray.remote(Ears).options(num_cpus=0, scheduling_strategy=here).remote()
+    mailbox = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
     task = ray.remote(attempt)
     failures: dict[Path, str] = {}
     waiting, at_work = [(0.0, job) for job in jobs], dict[Any, Job]()
@@ -150,18 +150,18 @@ def work_off(
             if at_once and len(at_work) >= at_once:
                 break
             waiting.remove((ready, job))
-            asked = task.options(**_needs(job)).remote(job, ears, os.getcwd())
+            asked = task.options(**_needs(job)).remote(job, mailbox, os.getcwd())
             at_work[asked] = job
         if not at_work:
             time.sleep(max(0.0, min(ready for ready, _ in waiting) - now))
             continue
         ended, _ = ray.wait(list(at_work), timeout=0.5)
-        for path, (_, row) in ray.get(ears.heard.remote()):
+        for path, (_, row) in ray.get(mailbox.heard.remote()):
             listener.round(path, row)
         for result in ended:
             job = at_work.pop(result)
             kind, content = _outcome(ray, result)
-            if content == ELSEWHERE:
+            if kind == "elsewhere":
                 waiting.append((time.monotonic() + AGAIN, job))
             elif kind == "done":
                 listener.done(job.path, content)

@@ -213,8 +213,16 @@ class Record:
         Raises:
             ValueError: one is damaged or gone.
         """
+        self._check_kept(self.commits(), only)
+        self.check_rows()
+
+    def check_rows(self) -> None:
+        """Compare ``rounds.jsonl`` alone with the commits.
+
+        Raises:
+            ValueError: it is damaged or gone.
+        """
         commits = self.commits()
-        self._check_kept(commits, only)
         if commits and self.journal.rows(commits[-1]) is None:
             raise self._damaged(ROUNDS)
 
@@ -270,7 +278,7 @@ class Record:
     ) -> list[str]:
         """The files of ``commits`` that are there for good, which all must be whole."""
         files = [item for commit in commits for item in commit["files"].items()]
-        kept = [(n, f) for n, f in files if n.startswith(only) and n[:12] != "checkpoints/"]
+        kept = [(n, f) for n, f in files if n.startswith(only) and not n.startswith("checkpoints/")]
         for name, written in kept:
             if not self._holds(name, *written):
                 raise self._damaged(name)

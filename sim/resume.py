@@ -87,7 +87,11 @@ def _whole(path: Path) -> bool:
 
 
 def _refuse_ended(path: Path, config: Config, summary: dict[str, Any], rounds: int) -> None:
-    """Whether a run that has its ``summary`` can go on to ``rounds``."""
+    """Refuse a run that has its ``summary`` and cannot go on to ``rounds``.
+
+    Raises:
+        ValueError: it has them, or its end is final.
+    """
     run = f"run={str(path)!r}"
     if summary.get("outcome") == "diverged":
         at = summary["diverged"]["round"]

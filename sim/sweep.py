@@ -22,9 +22,9 @@ from typing import Any
 
 from envs.registry import brief
 from envs.usage import UsageError
-from sim.analysis.arm_names import SEEDS, identity
 from sim.checks import check, settled
 from sim.config import Config
+from sim.identity import SEEDS, identity
 from sim.lease import LEASES, Lease
 from sim.manifest import code_now, code_of
 from sim.pool import Job, work_off
@@ -40,7 +40,7 @@ LONGEST = 80
 
 
 @dataclass(frozen=True)
-class Cell:
+class PlannedRun:
     """One run of a sweep."""
 
     config: Config
@@ -82,28 +82,28 @@ def sweep(
     if jobs is not None and jobs < 1:
         raise UsageError(f"jobs={jobs}; allowed: >= 1")
     out = Path(out)
-    cells = plan(configs, out)
-    for cell in cells:
-        check(cell.config)
-        _refuse_another_run(cell)
+    runs = plan(configs, out)
+    for run in runs:
+        check(run.config)
+        _refuse_another_run(run)
         if not any_code:
-            _refuse_other_code(cell)
-    for config in {repr((c.config.world, c.config.text)): c.config for c in cells}.values():
+            _refuse_other_code(run)
+    for config in {repr((c.config.world, c.config.text)): c.config for c in runs}.values():
         bare = replace(config, defences=())
         make_scenario(bare, progress=True)  # builds missing models once, before the pool starts
     out.mkdir(parents=True, exist_ok=True)
     listener = listener or SweepListener()
     if retry:
-        set_aside(cells, retry)
-    todo = [cell for cell in cells if not is_finished(cell.path, cell.config)]
-    todo.sort(key=lambda cell: cell.config.seed)  # cut short, every arm has its first seeds
-    listener.begin({c.path: c.config.rounds for c in todo}, len(cells) - len(todo))
+        set_aside(runs, retry)
+    todo = [run for run in runs if not is_finished(run.path, run.config)]
+    todo.sort(key=lambda run: run.config.seed)  # cut short, every arm has its first seeds
+    listener.begin({c.path: c.config.rounds for c in todo}, len(runs) - len(todo))
     work = [Job(c.path, c.config.to_dict(), track) for c in todo]
     failures = _work_off(work, jobs, listener, ray)
-    for cell in todo:  # another sweep may have made good what failed here
-        if is_finished(cell.path, cell.config):
-            failures.pop(cell.path, None)
-    table = tabulate(out, cells, failures)
+    for run in todo:  # another sweep may have made good what failed here
+        if is_finished(run.path, run.config):
+            failures.pop(run.path, None)
+    table = tabulate(out, runs, failures)
     write_table(table, out)
     return table
 
@@ -119,24 +119,24 @@ def _work_off(
         return ray_pool.work_off(connected, todo, jobs, listener)
 
 
-def plan(configs: Sequence[Config], out: Path) -> list[Cell]:
+def plan(configs: Sequence[Config], out: Path) -> list[PlannedRun]:
     """Give every run its directory; equal configs are one run.
 
     Raises:
         ValueError: nothing to run, or one run at two lengths.
     """
-    cells: dict[Path, Cell] = {}
+    runs: dict[Path, PlannedRun] = {}
     for config in map(settled, configs):
-        cell = Cell(config, out / directory(config))
-        known = cells.setdefault(cell.path, cell).config
+        run = PlannedRun(config, out / directory(config))
+        known = runs.setdefault(run.path, run).config
         if known.rounds != config.rounds:
             raise UsageError(
                 f"rounds={known.rounds} and {config.rounds} of one run; allowed: one length, "
                 "which a later sweep may extend"
             )
-    if not cells:
+    if not runs:
         raise UsageError("configs=[]; allowed: at least one run")
-    return list(cells.values())
+    return list(runs.values())
 
 
 def directory(config: Config) -> str:
@@ -153,45 +153,45 @@ def directory(config: Config) -> str:
     return f"{readable}-{digest}-world{world.seed}{model}-seed{config.seed}"
 
 
-def _refuse_another_run(cell: Cell) -> None:
-    saved = saved_config(cell.path)
+def _refuse_another_run(run: PlannedRun) -> None:
+    saved = saved_config(run.path)
     if saved is None:
         return
-    if replace(saved, rounds=cell.config.rounds) != cell.config:
+    if replace(saved, rounds=run.config.rounds) != run.config:
         raise UsageError(
-            f"out: {str(cell.path)!r} holds a run of another config; allowed: another --out"
+            f"out: {str(run.path)!r} holds a run of another config; allowed: another --out"
         )
-    if saved.rounds > cell.config.rounds:
+    if saved.rounds > run.config.rounds:
         raise UsageError(
-            f"rounds={cell.config.rounds}; allowed: >= {saved.rounds}, as {str(cell.path)!r} has"
+            f"rounds={run.config.rounds}; allowed: >= {saved.rounds}, as {str(run.path)!r} has"
         )
 
 
-def _refuse_other_code(cell: Cell) -> None:
-    file = cell.path / "manifest.json"
+def _refuse_other_code(run: PlannedRun) -> None:
+    file = run.path / "manifest.json"
     if not file.is_file():
         return
     began, now = code_of(read_sealed(file)), code_now()
     if began not in (None, now):
         raise UsageError(
-            f"out: {str(cell.path)!r} was run by poisonloop {began}, this is {now}, and their runs "
+            f"out: {str(run.path)!r} was run by poisonloop {began}, this is {now}, and their runs "
             "may differ; allowed: another --out, or --any-code (every manifest says which)"
         )
 
 
-def set_aside(cells: Sequence[Cell], outcome: str) -> list[Path]:
+def set_aside(runs: Sequence[PlannedRun], outcome: str) -> list[Path]:
     """Move runs with this outcome out of the way, into ``.retried``, so that they run again."""
     moved = []
-    for cell in cells:
-        lease = Lease.claim(cell.path.parent / LEASES, cell.path.name)
+    for run in runs:
+        lease = Lease.claim(run.path.parent / LEASES, run.path.name)
         if lease is None:  # another sweep is at it
             continue
         with lease.beating():
-            summary = Record(cell.path).summary()
+            summary = Record(run.path).summary()
             if summary is None or summary["outcome"] != outcome:
                 continue
-            kept = cell.path.parent / RETRIED
+            kept = run.path.parent / RETRIED
             kept.mkdir(exist_ok=True)
-            times = len(list(kept.glob(f"{glob.escape(cell.path.name)}.*"))) + 1
-            moved.append(cell.path.rename(kept / f"{cell.path.name}.{times}"))
+            times = len(list(kept.glob(f"{glob.escape(run.path.name)}.*"))) + 1
+            moved.append(run.path.rename(kept / f"{run.path.name}.{times}"))
     return moved

@@ -119,18 +119,18 @@ def work(
     if retried not in (None, *OUTCOMES):
         raise UsageError(f"retry={retried!r}; allowed: {', '.join(OUTCOMES)}")
     configs = chosen(options)
-    cells = plan(configs, out)
-    for cell in cells if "--dry-run" in only else []:
-        check(cell.config)
-    arms = set(arm_names([cell.config.to_dict() for cell in cells]))
-    rounds = {cell.config.rounds for cell in cells}
+    planned = plan(configs, out)
+    for run in planned if "--dry-run" in only else []:
+        check(run.config)
+    arms = set(arm_names([run.config.to_dict() for run in planned]))
+    rounds = {run.config.rounds for run in planned}
     lengths = " or ".join(map(str, sorted(rounds)))
     far = ray not in (None, "local") and asked is None
     said = f"all that fit into the Ray cluster {ray}" if far else jobs
-    runs = f"{len(cells)} runs in {len(arms)} arms, {lengths} rounds each"
+    runs = f"{len(planned)} runs in {len(arms)} arms, {lengths} rounds each"
     print(f"{runs}, {said} at a time: {out}/")
     if only:
-        print_status([standing(cell) for cell in cells], jobs, every="--dry-run" in only)
+        print_status([standing(run) for run in planned], jobs, every="--dry-run" in only)
         return 0
     again = shlex.join(["poisonloop", *words])
     try:

@@ -13,34 +13,34 @@ from sim.resume import is_finished
 from sim.seal import read_sealed
 
 if TYPE_CHECKING:
-    from sim.sweep import Cell
+    from sim.sweep import PlannedRun
 
 STATES = ("finished", "diverged", "running", "stopped", "failed", "waiting")
 
 
 class Standing(NamedTuple):
-    """Where one cell stands."""
+    """Where one run stands."""
 
-    cell: Cell
+    run: PlannedRun
     state: str  # one of STATES
     rounds: int  # recorded
     note: str
 
 
-def standing(cell: Cell) -> Standing:
-    """Where ``cell`` stands now."""
-    path = cell.path
+def standing(run: PlannedRun) -> Standing:
+    """Where ``run`` stands now."""
+    path = run.path
     rounds = _rounds(path)
-    if is_finished(path, cell.config):
+    if is_finished(path, run.config):
         outcome = str(read_sealed(path / "summary.json")["outcome"])
         state = "diverged" if outcome == "diverged" else "finished"
-        return Standing(cell, state, rounds, outcome)
+        return Standing(run, state, rounds, outcome)
     if (by := owner(path.parent / LEASES, path.name)) is not None:
-        return Standing(cell, "running", rounds, by)
+        return Standing(run, "running", rounds, by)
     error = error_file(path)
     if error.is_file():
-        return Standing(cell, "failed", rounds, error.read_text().strip().splitlines()[-1])
-    return Standing(cell, "stopped" if rounds else "waiting", rounds, "")
+        return Standing(run, "failed", rounds, error.read_text().strip().splitlines()[-1])
+    return Standing(run, "stopped" if rounds else "waiting", rounds, "")
 
 
 def error_file(path: Path) -> Path:
@@ -53,36 +53,36 @@ def _rounds(path: Path) -> int:
     return max(0, rows.read_bytes().count(b"\n") - 1) if rows.is_file() else 0
 
 
-def seconds_left(cells: Sequence[Standing], jobs: int) -> float | None:
-    """Seconds until all ``cells`` have their rounds, ``jobs`` at a time; None if unmeasured.
+def seconds_left(standings: Sequence[Standing], jobs: int) -> float | None:
+    """Seconds until all runs have their rounds, ``jobs`` at a time; None if unmeasured.
 
-    By the mean of the rounds that each learner's cells have recorded; a learner without any takes
+    By the mean of the rounds that each learner's runs have recorded; a learner without any takes
     the mean of all.
     """
     measured: dict[str, list[float]] = defaultdict(list)
-    for one in cells:
-        known = [seconds for _, seconds in timings.read(one.cell.path)]
-        measured[one.cell.config.learner_name] += known
+    for one in standings:
+        known = [seconds for _, seconds in timings.read(one.run.path)]
+        measured[one.run.config.learner_name] += known
     every = [seconds for of in measured.values() for seconds in of]
     if not every:
         return None
     left = 0.0
-    for one in cells:
-        known = measured[one.cell.config.learner_name] or every
+    for one in standings:
+        known = measured[one.run.config.learner_name] or every
         if one.state not in ("finished", "diverged"):
-            left += (one.cell.config.rounds - one.rounds) * sum(known) / len(known)
+            left += (one.run.config.rounds - one.rounds) * sum(known) / len(known)
     return left / jobs
 
 
-def print_status(cells: Sequence[Standing], jobs: int, every: bool) -> None:
-    """Counts, what is not simply finished or waiting (or every cell), and the time that is left."""
-    for one in cells:
+def print_status(standings: Sequence[Standing], jobs: int, every: bool) -> None:
+    """Counts, what is not simply finished or waiting (or every run), and the time that is left."""
+    for one in standings:
         if every or one.state not in ("finished", "waiting"):
-            done = f"{one.rounds}/{one.cell.config.rounds} rounds"
-            print(f"{one.state:>9}  {done:>15}  {one.cell.path.name}  {one.note}".rstrip())
-    counts = Counter(one.state for one in cells)
+            done = f"{one.rounds}/{one.run.config.rounds} rounds"
+            print(f"{one.state:>9}  {done:>15}  {one.run.path.name}  {one.note}".rstrip())
+    counts = Counter(one.state for one in standings)
     print(", ".join(f"{counts[state]} {state}" for state in STATES if counts[state]))
-    left = seconds_left(cells, jobs)
+    left = seconds_left(standings, jobs)
     if left is None:
         print("time: no round has been measured here yet")
     else:

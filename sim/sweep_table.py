@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -11,18 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sim.sweep import Cell
+    from sim.sweep import PlannedRun
 
 WIDTH = 120
 """Columns of the printed table where there is no terminal and COLUMNS says nothing."""
 
 
-def tabulate(out: Path, cells: Sequence[Cell], failures: Mapping[Path, str]) -> dict[str, Any]:
+def tabulate(
+    out: Path, planned: Sequence[PlannedRun], failures: Mapping[Path, str]
+) -> dict[str, Any]:
     """Rows of arms and of runs: everything finished in ``out``, and what failed.
 
     Args:
         out: folder of the sweep, earlier calls included.
-        cells: runs of this call.
+        planned: runs of this call.
         failures: what went wrong in this call, by run directory.
     """
     import pandas as pd
@@ -34,10 +34,10 @@ def tabulate(out: Path, cells: Sequence[Cell], failures: Mapping[Path, str]) -> 
     ended = [file.parent for file in sorted(out.glob("*/summary.json"))]
     ended = [path for path in ended if path not in failures]
     runs = load_runs(ended) if ended else []
-    for cell in cells:
-        if cell.path in failures:
-            asked = json.loads(json.dumps(cell.config.to_dict()))
-            runs.append(Run(cell.path, {"config": asked}, {}, pd.DataFrame()))
+    for run in planned:
+        if run.path in failures:
+            asked = json.loads(json.dumps(run.config.to_dict()))
+            runs.append(Run(run.path, {"config": asked}, {}, pd.DataFrame()))
     runs = named(runs)
     twins = clean_twins(runs)
     rows = [
@@ -78,17 +78,14 @@ def _run_row(arm: str, run: Any, failure: str | None) -> dict[str, Any]:
 
 def write_table(table: dict[str, Any], out: Path) -> None:
     """``table.json`` with everything and ``table.csv`` with the arms."""
-    from sim.files import dumps, write_atomic
+    from sim.files import as_csv, dumps, write_atomic
 
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(table["arms"][0]))
-    writer.writeheader()
-    for row in table["arms"]:
-        writer.writerow(
-            {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()}
-        )
+    rows = [
+        {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()}
+        for row in table["arms"]
+    ]
     write_atomic(out / "table.json", dumps(table).encode())
-    write_atomic(out / "table.csv", text.getvalue().encode())
+    write_atomic(out / "table.csv", as_csv(rows).encode())
 
 
 def print_table(table: dict[str, Any]) -> None:

@@ -13,12 +13,13 @@ import numpy as np
 import pandas as pd
 
 from envs.registry import brief
-from sim.analysis.arm_names import base_name, leaves
+from sim.analysis.arm_names import base_name
 from sim.analysis.load import Run, named
 from sim.analysis.paired import nested_rmst, nested_weights, with_interval
 from sim.analysis.plots import RHO
 from sim.analysis.retained import clean_twins, learning_retained
 from sim.analysis.survival import Estimate, exit_table, horizon_of
+from sim.identity import leaves
 
 CLEAN, BARE = "clean", "no defence"
 """What an attack and a defence are called where there is none."""

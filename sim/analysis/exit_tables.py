@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 
 from envs.usage import UsageError
-from sim.analysis.arm_names import SEEDS, identity
 from sim.analysis.censored import cause_table, cumulative_incidence, dose_response
 from sim.analysis.exit_errors import exit_errors
 from sim.analysis.incidence import ENDS, ends_compete
 from sim.analysis.load import Run
 from sim.analysis.survival import MIN_SEEDS, exit_table
+from sim.identity import SEEDS, identity
 
 MIN_DOSES = 3
 """Fewest values of rho for a slope that can be told from a step."""

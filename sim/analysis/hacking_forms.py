@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from envs.hacking import FORMS, STRATA, column
+from envs.hacking import FORMS, PROMPT_KINDS, column
 from sim.analysis import style
 from sim.analysis.load import Run, by_arm
 
@@ -35,7 +35,9 @@ def form_shares(run: Run) -> dict[tuple[str, str], pd.Series]:
     """Share of answers at every evaluation, by form and kind of prompt; empty where unknown."""
     rows = run.own_evaluations.index
     found = {
-        (form, name): run.column(column(form, name))[rows] for form in FORMS for name in STRATA
+        (form, name): run.column(column(form, name))[rows]
+        for form in FORMS
+        for name in PROMPT_KINDS
     }
     if all(values.isna().all() for values in found.values()):
         old = {"short": "empty", "gibberish": "gibberish", "echo": "echo"}

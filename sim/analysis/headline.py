@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 
 from envs.registry import brief
-from sim.analysis.arm_names import leaves
 from sim.analysis.claims import share_interval
 from sim.analysis.load import Run, by_arm
 from sim.analysis.retained import clean_twins, holds, learning_retained
 from sim.analysis.tables import PARENTS, branch_table
+from sim.identity import leaves
 
 MOST_SENTENCES = 8
 """Most attacks, or defences over a grid, that are told of one by one; the table holds the rest."""

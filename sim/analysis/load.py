@@ -19,7 +19,8 @@ import numpy as np
 import pandas as pd
 
 from envs.usage import UsageError
-from sim.analysis.arm_names import arm_names, base_name, identity, leaves, replicate
+from sim.analysis.arm_names import arm_names, base_name, replicate
+from sim.identity import identity, leaves
 from sim.journal import NOTHING
 from sim.record import Record
 from sim.seal import read_sealed
@@ -133,7 +134,7 @@ class Run:
         return None if when is None else int(when["rounds"])
 
     def table(self, name: str) -> pd.DataFrame:
-        """Join the parts of ``labels``, ``truth`` or ``samples``; empty if there are none.
+        """Join the parts of ``labels``, ``truth``, ``samples`` or ``gold``; empty without parts.
 
         Raises:
             ValueError: a part is damaged or gone.

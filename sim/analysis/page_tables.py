@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from sim.analysis.arm_names import leaves
 from sim.analysis.load import Run
+from sim.identity import leaves
 
 
 def write_tables(

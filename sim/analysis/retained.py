@@ -20,8 +20,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from sim.analysis.arm_names import identity
 from sim.analysis.load import Run
+from sim.identity import identity
 
 UNKNOWN = (
     "Learning retained is left out, and whether a safe arm holds, where a run of the arm has no "

@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 
 from envs.registry import brief
-from sim.analysis.arm_names import SEEDS, identity
 from sim.analysis.load import Run, by_arm
 from sim.analysis.multiplicity import e_bh, exit_e_values, holm
 from sim.analysis.paired import compare
 from sim.analysis.retained import clean_twins, holds, learning_retained
 from sim.analysis.survival import MIN_SEEDS, Estimate, exit_table, horizon_of, median_exit, rmst
+from sim.identity import SEEDS, identity
 
 OUTCOMES = ("safe", "exited", "collapsed", "diverged")
 CLOCKS = ("round", "label", "optimizer_step")

@@ -64,7 +64,7 @@ def command(words: list[str]) -> int:
         raise UsageError(flags.unknown_flag(next(iter(options)), ["--defence", "--learner"]))
     asked = configs(lists, learners, worlds or REPORT_WORLDS, seeds, updates)
     check_out(out)
-    cells = {str(cell.path) for cell in plan(asked, out)}
+    places = {str(run.path) for run in plan(asked, out)}
     for config in {config.defences: config for config in asked}.values():
         check(config)
     print(f"{len(asked)} runs, {updates} optimizer steps each, {jobs} at a time: {out}/")
@@ -76,7 +76,7 @@ def command(words: list[str]) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return 130
-    mine = [run for run in table["runs"] if run["path"] in cells]  # the folder may hold others
+    mine = [run for run in table["runs"] if run["path"] in places]  # the folder may hold others
     failed = [run for run in mine if run["failure"]]
     _finish([run["path"] for run in mine if not run["failure"]], prices, updates, out)
     for run in failed:

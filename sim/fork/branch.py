@@ -11,9 +11,9 @@ from typing import Any
 
 from agents.defence import defences
 from envs.usage import UsageError
-from sim.analysis.arm_names import leaves
 from sim.config import Config
 from sim.evaluation_config import STOPS
+from sim.identity import leaves
 from sim.record import Record
 from sim.seal import read_sealed
 
@@ -62,7 +62,7 @@ def check_fork(path: Path, parent: Config, config: Config, at: int) -> None:
     if not (path / "rounds.jsonl").is_file():
         raise UsageError(f"run={str(path)!r} has no rounds.jsonl; allowed: a run with its rows")
     record = Record(path)
-    record.check("rounds.jsonl")
+    record.check_rows()
     last = max((commit["round"] for commit in record.commits()), default=-1)
     if not 0 <= at <= last:
         allowed = f"0 to {last}, the rounds of {str(path)!r}" if last >= 0 else "a run with rounds"
@@ -74,7 +74,7 @@ def check_fork(path: Path, parent: Config, config: Config, at: int) -> None:
 
 
 def _check_offline(parent: Config, config: Config) -> None:
-    """Defences that act before the release have acted, or have not."""
+    """Refuse to add or drop a defence that acts before the release."""
     lists = [[defences.create(spec) for spec in c.defences] for c in (parent, config)]
     offline = [[d.spec for d in members if d.offline] for members in lists]
     heads = [[d.offline for d in members] for members in lists]

@@ -109,8 +109,8 @@ def command(words: list[str]) -> int:
         return planned
 
     def finish(table: dict[str, Any], out: Path) -> int:
-        cells = {str(cell.path) for cell in plan(planned, out)}
-        mine = [run for run in table["runs"] if run["path"] in cells]  # the folder may hold others
+        places = {str(run.path) for run in plan(planned, out)}
+        mine = [run for run in table["runs"] if run["path"] in places]  # the folder may hold others
         done = [run["path"] for run in mine if not run["failure"]]
         if done:
             _write(name, done, base, out)
@@ -131,11 +131,11 @@ def _so_far(name: str, base: str | None, options: flags.Options) -> int:
     out = Path(flags.take(options, "--out") or f"runs/{name}")
     for flag in RUNNING:  # how the others run is of no concern
         options.pop(flag, None)
-    cells = plan(configs(_asked(EXPERIMENTS[name], options), options), out)
-    done = [str(cell.path) for cell in cells if is_finished(cell.path, cell.config)]
+    runs = plan(configs(_asked(EXPERIMENTS[name], options), options), out)
+    done = [str(run.path) for run in runs if is_finished(run.path, run.config)]
     if not done:
         raise UsageError(f"out={str(out)!r} has no finished run of {name}; allowed: one that has")
-    print(f"{len(done)} of {len(cells)} runs have ended: {out}/")
+    print(f"{len(done)} of {len(runs)} runs have ended: {out}/")
     _write(name, done, base, out)
     return 0
 

@@ -34,6 +34,8 @@ from sim.studies import REPORT_WORLDS
 RATIOS = (0.0, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Shares of reversed labels; at .25 and 1 the paper gives numbers."""
 EMBEDDED_BATCH = 50
+CHECKPOINT_EVERY = 50
+"""Rounds; an embedded run has fewer and takes seconds, so it begins anew where it was cut off."""
 ON_LABELS = ("sft", "dpo")
 """Learners that never see an answer of the policy's own here."""
 PUBLISHED_LEARNERS: dict[str, Any] = {
@@ -135,7 +137,7 @@ def _embedded() -> Config:
     return Config(
         feedback=people,
         evaluation=EvaluationConfig(n_harm=256, n_help=256, n_true=0),
-        checkpoint_every=EMBEDDED_BATCH,
+        checkpoint_every=CHECKPOINT_EVERY,
         samples_per_round=1,
     )
 

@@ -23,7 +23,7 @@ from sim.config import Config
 from sim.flags import chosen_learner
 from sim.presets import preset
 from sim.score.arms import Arm, arms, short
-from sim.score.folder import Cell, cells, on_card, refuse_another_card, refuse_other_code
+from sim.score.folder import CardRun, on_card, planned_runs, refuse_another_card, refuse_other_code
 
 
 def score(words: list[str]) -> int:
@@ -55,9 +55,9 @@ def score(words: list[str]) -> int:
     refuse_other_code(spec, out)
     if not keeps_contract(spec, list(dict.fromkeys(c.learner_name for c in bases.values()))):
         return 1
-    failed = _measure(cells(planned, range(asked.seeds), out), jobs, out)
+    failed = _measure(planned_runs(planned, range(asked.seeds), out), jobs, out)
     every = on_card(planned, base, spec, out)
-    _finish([cell for cell in every if str(cell[2]) not in failed], short(spec), out)
+    _finish([run for run in every if str(run[2]) not in failed], short(spec), out)
     for run, failure in failed.items():
         print(f"Failed:   {run}: {failure}")
     return 1 if failed else 0
@@ -96,7 +96,7 @@ def keeps_contract(spec: str, learners: list[str]) -> bool:
     return not broken
 
 
-def _measure(runs: Sequence[Cell], jobs: int, out: Path) -> dict[str, str]:
+def _measure(runs: Sequence[CardRun], jobs: int, out: Path) -> dict[str, str]:
     """Run what has not run yet; what failed, by run directory."""
     from sim.sweep import sweep
     from sim.sweep_progress import sweep_progress
@@ -111,7 +111,7 @@ def _measure(runs: Sequence[Cell], jobs: int, out: Path) -> dict[str, str]:
     return failed
 
 
-def _finish(runs: Sequence[Cell], name: str, out: Path) -> None:
+def _finish(runs: Sequence[CardRun], name: str, out: Path) -> None:
     """Write the card of finished runs, if any is under attack."""
     from sim.score.card import write_card
 

@@ -22,7 +22,7 @@ from sim.sweep import directory
 
 USUAL, LONGER = "runs", "longer"
 """Folders of the runs: one cannot hold a run at two lengths."""
-Cell = tuple[Arm, Config, Path]
+CardRun = tuple[Arm, Config, Path]
 
 
 def folder(out: Path, arm: Arm) -> Path:
@@ -30,7 +30,7 @@ def folder(out: Path, arm: Arm) -> Path:
     return out / (LONGER if arm.attacker == LONG else USUAL)
 
 
-def cells(planned: Mapping[Arm, Config], seeds: range, out: Path) -> list[Cell]:
+def planned_runs(planned: Mapping[Arm, Config], seeds: range, out: Path) -> list[CardRun]:
     """Every run: its arm, its config as recorded, its directory."""
     found = [(arm, settled(replace(c, seed=seed))) for arm, c in planned.items() for seed in seeds]
     return [(arm, c, folder(out, arm) / directory(c)) for arm, c in found]
@@ -105,7 +105,7 @@ def refuse_other_code(spec: str, out: Path) -> None:
             )
 
 
-def on_card(planned: Mapping[Arm, Config], base: Config, spec: str, out: Path) -> list[Cell]:
+def on_card(planned: Mapping[Arm, Config], base: Config, spec: str, out: Path) -> list[CardRun]:
     """The finished runs of the card: of the learners and seeds asked for, and of those before.
 
     Args:
@@ -127,5 +127,5 @@ def on_card(planned: Mapping[Arm, Config], base: Config, spec: str, out: Path) -
         for arm, config in arms(known, spec, rho).items()
     }
     seeds = range(1 + max((config.seed for config in before), default=-1))
-    every = cells({**shown, **planned}, seeds, out)
-    return [cell for cell in every if is_finished(cell[2], cell[1])]
+    every = planned_runs({**shown, **planned}, seeds, out)
+    return [run for run in every if is_finished(run[2], run[1])]

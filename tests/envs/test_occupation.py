@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from envs.monitor import CostMonitor
-from envs.occupation import path, sustained_exit
+from envs.occupation import occupation_summary, sustained_exit
 
 
 def at(round: int, harm: float, inside: bool, occupied: bool | None = None) -> dict:
@@ -21,7 +21,7 @@ UNEVEN = [
 
 
 def test_time_counts_since_the_evaluation_before():
-    found = path(UNEVEN, limit=0.25)
+    found = occupation_summary(UNEVEN, limit=0.25)
     assert found["occupation"] == {"rounds": 1, "labels": 10}  # that of round 3 alone
     # 2 rounds of .25 above, 4 of .15, 1 of .05
     assert found["excess"]["rounds"] == pytest.approx(0.5 + 0.6 + 0.05)
@@ -32,14 +32,14 @@ def test_time_counts_since_the_evaluation_before():
 
 
 def test_a_path_without_evaluations_is_empty():
-    found = path([], 0.25)
+    found = occupation_summary([], 0.25)
     assert found["occupancy"] is found["peak_harm"] is None
     assert (found["occupation"], found["excess_area"], found["re_entries"]) == ({}, 0.0, 0)
 
 
-@pytest.mark.parametrize(("row", "date", "since"), [(1, 2, 2), (2, 8, 7), (3, None, None)])
-def test_a_sustained_exit_takes_evaluations_in_a_row(row, date, since):
-    found = sustained_exit(UNEVEN, row)
+@pytest.mark.parametrize(("in_a_row", "date", "since"), [(1, 2, 2), (2, 8, 7), (3, None, None)])
+def test_a_sustained_exit_takes_evaluations_in_a_row(in_a_row, date, since):
+    found = sustained_exit(UNEVEN, in_a_row)
     assert (found and (found["rounds"], found["since"])) == (date and (date, since))
 
 

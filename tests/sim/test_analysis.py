@@ -14,7 +14,7 @@ from matplotlib.text import Text
 from envs.collapse import Fluency
 from envs.monitor import CostMonitor
 from sim.analysis import arms as pictures_of_arms
-from sim.analysis.arm_names import arm_names, identity, replicate
+from sim.analysis.arm_names import arm_names, replicate
 from sim.analysis.arms import plot_arms, plot_survival
 from sim.analysis.load import by_arm, load_run, load_runs
 from sim.analysis.paired import log_rank, rmst_difference
@@ -23,6 +23,7 @@ from sim.analysis.report import write_report
 from sim.analysis.style import line_style, short_names
 from sim.analysis.survival import exit_table, horizon_of, kaplan_meier, rmst
 from sim.analysis.tables import AGAINST, EXCHANGE, HOLM, arm_table, run_table
+from sim.identity import identity
 
 
 def write_run(

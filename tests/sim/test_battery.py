@@ -190,7 +190,7 @@ def test_only_what_was_asked_is_tabulated(in_tmp: Any, monkeypatch: Any, capsys:
     from sim.sweep import plan
 
     asked = configs([()], ["dpo"], worlds=(0,), updates=4)
-    wanted = [str(cell.path) for cell in plan(asked, Path("b"))]
+    wanted = [str(run.path) for run in plan(asked, Path("b"))]
     runs = [{"path": path, "failure": None} for path in [*wanted, "b/other"]]
     monkeypatch.setattr("sim.battery.command.sweep", lambda *_: {"runs": runs})
     seen: list[list[str]] = []

@@ -2,9 +2,9 @@
 
 import pytest
 
-from sim.analysis.arm_names import identity
 from sim.config import Config, EvaluationConfig
 from sim.evaluation_config import stopped_by
+from sim.identity import identity
 
 TOLD = "chance_cost chance_limit cvar_share cvar_limit pointwise_limit hacked_share".split()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from envs.hacking import FORMS, STRATA, column
+from envs.hacking import FORMS, PROMPT_KINDS, column
 from sim.analysis.hacking_forms import draw, form_shares, make, most_hacked, supports
 from sim.analysis.load import Run
 
@@ -22,7 +22,7 @@ def made(columns: dict, arm: str = "a", **evaluation) -> Run:
 
 
 def forms(gibberish: list, **evaluation) -> Run:
-    known = {column(f, s): [0.0] * len(gibberish) for f in FORMS for s in STRATA}
+    known = {column(f, s): [0.0] * len(gibberish) for f in FORMS for s in PROMPT_KINDS}
     known[column("gibberish", "benign")] = gibberish
     return made({**known, "reward": [NAN, *range(1, len(gibberish))]}, **evaluation)
 

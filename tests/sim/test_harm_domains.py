@@ -11,10 +11,11 @@ import pytest
 from envs.types import BENIGN
 from envs.usage import UsageError
 from envs.world import DOMAINS, World
-from sim.analysis.arm_names import arm_names, identity
+from sim.analysis.arm_names import arm_names
 from sim.attacker import attack_prompts
 from sim.checks import check
 from sim.config import Config, WorldConfig, from_dict
+from sim.identity import identity
 from sim.scenario import make_scenario, world_of
 from sim.sweep import directory
 

@@ -17,44 +17,44 @@ from sim import lease as leases
 from sim.lease import Lease, owner
 
 
-def test_a_cell_has_one_owner_until_it_is_free(tmp_path: Path) -> None:
-    first = Lease.claim(tmp_path, "cell")
+def test_a_run_has_one_owner_until_it_is_free(tmp_path: Path) -> None:
+    first = Lease.claim(tmp_path, "run")
     assert first is not None and first.held()
     with first.beating():
-        assert Lease.claim(tmp_path, "cell") is None
-        assert owner(tmp_path, "cell") is not None
-        other = Lease.claim(tmp_path, "cell.2")
-        assert other is not None, "names may look like another cell's lease"
-    assert owner(tmp_path, "cell") is None
-    second = Lease.claim(tmp_path, "cell")
+        assert Lease.claim(tmp_path, "run") is None
+        assert owner(tmp_path, "run") is not None
+        other = Lease.claim(tmp_path, "run.2")
+        assert other is not None, "names may look like another run's lease"
+    assert owner(tmp_path, "run") is None
+    second = Lease.claim(tmp_path, "run")
     assert second is not None and second.number > first.number
     assert not first.held()
 
 
 def test_an_owner_that_died_on_this_host_is_replaced_at_once(tmp_path: Path) -> None:
-    code = "import sys; from sim.lease import Lease; assert Lease.claim(sys.argv[1], 'cell')"
+    code = "import sys; from sim.lease import Lease; assert Lease.claim(sys.argv[1], 'run')"
     code = code.replace("sys.argv[1]", "__import__('pathlib').Path(sys.argv[1])")
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
-    assert owner(tmp_path, "cell") is None
-    assert Lease.claim(tmp_path, "cell") is not None
+    assert owner(tmp_path, "run") is None
+    assert Lease.claim(tmp_path, "run") is not None
 
 
 def test_an_owner_elsewhere_counts_as_dead_when_it_no_longer_beats(tmp_path: Path) -> None:
-    far = tmp_path / "cell.7"
+    far = tmp_path / "run.7"
     far.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
-    assert owner(tmp_path, "cell") == "elsewhere:1"
-    assert Lease.claim(tmp_path, "cell") is None
+    assert owner(tmp_path, "run") == "elsewhere:1"
+    assert Lease.claim(tmp_path, "run") is None
     old = time.time() - 2 * leases.STALE
     os.utime(far, (old, old))
-    taken = Lease.claim(tmp_path, "cell")
+    taken = Lease.claim(tmp_path, "run")
     assert taken is not None and taken.number == 8
     far.write_text("")  # the old owner comes back and frees what is no longer his
-    assert taken.held() and owner(tmp_path, "cell") is not None
+    assert taken.held() and owner(tmp_path, "run") is not None
 
 
 def test_a_beat_keeps_a_lease_fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "BEAT", 0.02)
-    lease = Lease.claim(tmp_path, "cell")
+    lease = Lease.claim(tmp_path, "run")
     assert lease is not None
     old = time.time() - 2 * leases.STALE
     os.utime(lease.path, (old, old))
@@ -67,7 +67,7 @@ def test_a_beat_keeps_a_lease_fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def _claims(folder: Path, gate: object, said: object) -> None:
     gate.wait()  # type: ignore[attr-defined]
-    won = [n for n in range(20) if Lease.claim(folder, f"cell-{n}") is not None]
+    won = [n for n in range(20) if Lease.claim(folder, f"run-{n}") is not None]
     said.put(won)  # type: ignore[attr-defined]
     time.sleep(2)  # dead owners would be replaced
 
@@ -79,7 +79,7 @@ def test_many_that_claim_at_once_never_share(tmp_path: Path) -> None:
     for process in others:
         process.start()
     gate.set()
-    won = [cell for _ in others for cell in said.get(timeout=60)]
+    won = [run for _ in others for run in said.get(timeout=60)]
     assert sorted(won) == list(range(20))
     for process in others:
         process.join()
@@ -88,13 +88,13 @@ def test_many_that_claim_at_once_never_share(tmp_path: Path) -> None:
 def test_a_stopped_owner_on_this_host_is_not_dead_and_an_unreadable_lease_ages(
     tmp_path: Path,
 ) -> None:
-    lease = Lease.claim(tmp_path, "cell")
+    lease = Lease.claim(tmp_path, "run")
     assert lease is not None
     old = time.time() - 2 * leases.STALE
     os.utime(lease.path, (old, old))
-    assert owner(tmp_path, "cell") == f"{socket.gethostname()}:{os.getpid()}"
+    assert owner(tmp_path, "run") == f"{socket.gethostname()}:{os.getpid()}"
     for text in ("garbage", "[1]", "{}"):
         lease.path.write_text(text)
-        assert owner(tmp_path, "cell") == "unknown"
+        assert owner(tmp_path, "run") == "unknown"
     os.utime(lease.path, (old, old))
-    assert owner(tmp_path, "cell") is None and Lease.claim(tmp_path, "cell") is not None
+    assert owner(tmp_path, "run") is None and Lease.claim(tmp_path, "run") is not None

@@ -18,7 +18,7 @@ from sim.presets import preset
 from sim.score.arms import ATTACKERS, EARLY, LONG, STANDARD, Arm, arms, short
 from sim.score.card import card_rows, in_words, interval, print_card, settings, write_card
 from sim.score.contract import CHECKS, contract, difference, with_arguments
-from sim.score.folder import cells, on_card, refuse_another_card, refuse_other_code
+from sim.score.folder import on_card, planned_runs, refuse_another_card, refuse_other_code
 from sim.score.picture import draw
 
 EXAMPLE = str(Path(__file__).parents[2] / "examples/own_defence.py")
@@ -175,7 +175,7 @@ def test_every_attacker_meets_the_defence_and_nothing() -> None:
     assert changed[LONG].rounds == 40
     clean = [arm for arm in plan if not arm.hostile]
     assert len(clean) == 4 and all(plan[arm].attack.rho == 0 for arm in clean)
-    paths = [path for _, _, path in cells(plan, range(2), Path("out"))]
+    paths = [path for _, _, path in planned_runs(plan, range(2), Path("out"))]
     assert len(set(paths)) == len(paths) == 34
 
 
@@ -204,7 +204,7 @@ def leave_all(plan: dict[Arm, Any], seeds: range, out: Path) -> dict[Arm, list[P
     """Leave a run for every arm and seed: mine keeps .15 of .2 help, none leaves the set."""
     figures = {"none": (0.1, 0.5, 1.0), "Mine": (0.15, 0.125, 3.0)}
     found: dict[Arm, list[Path]] = {}
-    for arm, config, path in cells(plan, seeds, out):
+    for arm, config, path in planned_runs(plan, seeds, out):
         gain, harm, seconds = figures.get(arm.defence, (0.0, 0.01, 1.0))
         gain, harm = (gain, harm) if arm.hostile else (0.2, 0.01)
         leave(path, config, gain, harm, seconds)
@@ -346,7 +346,7 @@ def test_runs_of_other_code_are_refused(in_tmp: Path, capsys: Any) -> None:
     plan = arms(replace(preset("demo"), rounds=2), "mine.py:KeepRefusals", 0.4)
     from sim.manifest import plugin_hashes
 
-    for _, config, path in cells(plan, range(1), Path("out")):
+    for _, config, path in planned_runs(plan, range(1), Path("out")):
         path.mkdir(parents=True)
         manifest = {"config": config.to_dict(), "plugin_hashes": plugin_hashes(config)}
         (path / "manifest.json").write_text(json.dumps(manifest))

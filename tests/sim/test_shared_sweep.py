@@ -21,7 +21,7 @@ from sim.lease import LEASES, Lease
 from sim.pool import Job, work_off
 from sim.presets import preset
 from sim.seal import read_sealed, write_sealed
-from sim.sweep import RETRIED, Cell, set_aside, sweep
+from sim.sweep import RETRIED, PlannedRun, set_aside, sweep
 from sim.sweep_command import grid
 from sim.sweep_progress import SweepListener
 from sim.sweep_status import seconds_left, standing
@@ -94,11 +94,11 @@ def test_a_run_of_another_sweep_is_waited_for(tmp_path: Path, monkeypatch: Any) 
     assert time.monotonic() - began > 6 and "rounds=0" in found[tmp_path / "run"]
 
 
-def cell(folder: Path, name: str = "run", **changes: Any) -> Cell:
-    return Cell(replace(preset("smoke"), **changes), folder / name)
+def cell(folder: Path, name: str = "run", **changes: Any) -> PlannedRun:
+    return PlannedRun(replace(preset("smoke"), **changes), folder / name)
 
 
-def recorded(cell: Cell, rounds: int, seconds: float) -> None:
+def recorded(cell: PlannedRun, rounds: int, seconds: float) -> None:
     cell.path.mkdir()
     (cell.path / "rounds.jsonl").write_text("{}\n" * (rounds + 1))
     line = json.dumps({"round": 1, "seconds": seconds}) + "\n"

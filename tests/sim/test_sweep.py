@@ -25,7 +25,7 @@ from sim.config import AttackConfig, Config
 from sim.pool import Job, work_off
 from sim.presets import preset
 from sim.resume import extend, is_finished
-from sim.sweep import LONGEST, Cell, directory, plan
+from sim.sweep import LONGEST, PlannedRun, directory, plan
 from sim.sweep_command import grid, study
 from sim.sweep_file import from_sweep_file
 from sim.sweep_progress import SweepListener, ending
@@ -40,17 +40,17 @@ def configs(words: str) -> list[Config]:
 def test_every_combination_is_a_run(tmp_path: Path) -> None:
     chosen = configs("smoke --rho 0 .1 .2 --learner grpo dpo --defence none freeze --seeds 2")
     assert len(chosen) == 3 * 2 * 2 * 2
-    cells = plan(chosen, tmp_path)
-    assert len({cell.path for cell in cells}) == 24
-    assert [cell.config.seed for cell in cells[:2]] == [0, 1]
-    names = arms_of(cells)
+    runs = plan(chosen, tmp_path)
+    assert len({run.path for run in runs}) == 24
+    assert [run.config.seed for run in runs[:2]] == [0, 1]
+    names = arms_of(runs)
     assert names[0] == "grpo: clean" and "dpo: harmful_asker ρ=0.2 + freeze" in names
     assert len(set(names)) == 12
 
 
-def arms_of(cells: list[Cell]) -> list[str]:
-    """The arm of every cell."""
-    return arm_names([cell.config.to_dict() for cell in cells])
+def arms_of(runs: list[PlannedRun]) -> list[str]:
+    """The arm of every run."""
+    return arm_names([run.config.to_dict() for run in runs])
 
 
 def test_a_flag_with_several_values_of_its_own_is_not_an_axis() -> None:
@@ -65,8 +65,8 @@ def test_any_flag_can_be_an_axis_and_stacks_are_one_value() -> None:
         (1e-4, 3), (1e-4, 4), (1e-3, 3), (1e-3, 4),
     ]  # fmt: skip
     assert {c.defences for c in chosen} == {("small_lr", "refusal_loss")}
-    cells = plan(chosen, Path("out"))
-    assert arms_of(cells)[::2] == [
+    runs = plan(chosen, Path("out"))
+    assert arms_of(runs)[::2] == [
         "clean + small_lr + refusal_loss learner.lr=0.0001",
         "clean + small_lr + refusal_loss learner.lr=0.001",
     ]  # worlds are replicates of an arm, not other arms
@@ -81,8 +81,8 @@ def test_seeds(words: str, seeds: list[int]) -> None:
 
 
 def test_attacks_that_never_act_are_one_run() -> None:
-    cells = plan(configs("--rho 0 .1 --attack always_flip harm_targeted"), Path("out"))
-    assert arms_of(cells) == ["clean", "always_flip ρ=0.1", "harm_targeted ρ=0.1"]
+    runs = plan(configs("--rho 0 .1 --attack always_flip harm_targeted"), Path("out"))
+    assert arms_of(runs) == ["clean", "always_flip ρ=0.1", "harm_targeted ρ=0.1"]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_attacks_that_never_act_are_one_run() -> None:
 )
 def test_widening_a_sweep_keeps_the_directories_it_has(more: str) -> None:
     (narrow,) = plan(configs("--rho .1"), Path("out"))
-    wide = {cell.path: cell.config for cell in plan(configs(more), Path("out"))}
+    wide = {run.path: run.config for run in plan(configs(more), Path("out"))}
     assert wide[narrow.path] == narrow.config and len(wide) > 1
 
 
@@ -120,21 +120,21 @@ def test_a_directory_is_named_by_its_own_config_alone() -> None:
 
 
 def test_the_demo_study_has_both_null_controls() -> None:
-    cells = plan(study(*flags.read(["--study", "demo"])), Path("out"))
-    assert len(cells) == 10
-    assert list(dict.fromkeys(arms_of(cells))) == [
+    runs = plan(study(*flags.read(["--study", "demo"])), Path("out"))
+    assert len(runs) == 10
+    assert list(dict.fromkeys(arms_of(runs))) == [
         "clean", "harmful_asker ρ=0.4", "harmful_asker ρ=0.4 + refusal_loss",
         "harmful_asker ρ=0.4 + freeze", "harmful_asker ρ=0.4 + small_lr",
     ]  # fmt: skip
 
 
 def test_the_study_of_exit_times_covers_its_grid_and_can_run() -> None:
-    cells = plan(study(*flags.read(["--study", "exit-times"])), Path("out"))
-    assert len(cells) == 7 * 3 * 4 * 3 * 3
-    for cell in cells:
-        check(cell.config)
-        assert cell.config.evaluation.n_true == 2000 and not cell.config.evaluation.stop_on_exit
-    assert len({(c.config.seed, c.config.world.seed) for c in cells}) == 9
+    runs = plan(study(*flags.read(["--study", "exit-times"])), Path("out"))
+    assert len(runs) == 7 * 3 * 4 * 3 * 3
+    for run in runs:
+        check(run.config)
+        assert run.config.evaluation.n_true == 2000 and not run.config.evaluation.stop_on_exit
+    assert len({(c.config.seed, c.config.world.seed) for c in runs}) == 9
 
 
 def test_a_sweep_is_read_from_a_file(
@@ -147,11 +147,11 @@ def test_a_sweep_is_read_from_a_file(
         "evaluation: {n_harm: 32, stop_on_exit: true}\nlearner.lr: 1e-3\n"
     )
     name, options = from_sweep_file(str(file))
-    cells = plan(grid(name, options), Path("out"))
-    assert len(cells) == 8
-    asked = {(c.config.attack.rho, c.config.defences) for c in cells}
+    runs = plan(grid(name, options), Path("out"))
+    assert len(runs) == 8
+    asked = {(c.config.attack.rho, c.config.defences) for c in runs}
     assert asked == {(r, d) for r in (0, 0.4) for d in ((), ("freeze", "small_lr"))}
-    for config in (cell.config for cell in cells):
+    for config in (run.config for run in runs):
         assert config.evaluation.n_harm == 32 and config.evaluation.stop_on_exit
         assert config.learner.lr == 1e-3 and config.rounds == 5
     assert main(["sweep", "grid.yaml", "--seeds", "3", "--dry-run"]) == 0  # a flag wins
@@ -167,11 +167,11 @@ def test_a_sweep_is_read_from_a_file(
 
 
 def test_the_judges_study_can_run() -> None:
-    cells = plan(study(*flags.read(["--study", "judges"])), Path("out"))
-    assert len(cells) == 36
-    for cell in cells:
-        check(cell.config)
-        assert cell.config.threat == "offline" and cell.config.attack.rho == 1
+    runs = plan(study(*flags.read(["--study", "judges"])), Path("out"))
+    assert len(runs) == 36
+    for run in runs:
+        check(run.config)
+        assert run.config.threat == "offline" and run.config.attack.rho == 1
 
 
 def test_the_table_of_defaults_is_made_on_worlds_that_nothing_was_tuned_on() -> None:
@@ -185,17 +185,17 @@ def test_the_table_of_defaults_is_made_on_worlds_that_nothing_was_tuned_on() -> 
     assert defaults <= {c.learner for c in clean if c.reward_model == Config().reward_model}
 
 
-def finish(cell: Any, **summary: Any) -> None:
+def finish(run: Any, **summary: Any) -> None:
     """Leave what a finished run leaves, as far as the table reads it."""
     gain = summary.get("help_gain")
     summary |= {"help_start": 0.5, "help_end": None if gain is None else 0.5 + gain}
-    cell.path.mkdir(parents=True)
-    (cell.path / "manifest.json").write_text(
-        json.dumps({"config": cell.config.to_dict(), "versions": {}})
+    run.path.mkdir(parents=True)
+    (run.path / "manifest.json").write_text(
+        json.dumps({"config": run.config.to_dict(), "versions": {}})
     )
     known = {"outcome": "safe", "harm_end": 0.0, "exit_confirmed": None, "exit_true": None}
-    (cell.path / "summary.json").write_text(json.dumps({**known, **summary}))
-    (cell.path / "rounds.jsonl").write_text('{"round": 0}\n')
+    (run.path / "summary.json").write_text(json.dumps({**known, **summary}))
+    (run.path / "rounds.jsonl").write_text('{"round": 0}\n')
 
 
 def test_table_by_hand(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_table_by_hand(tmp_path: Path) -> None:
         replace(hostile, defences=("refusal_loss",)),
         replace(hostile, defences=("freeze",)),
     ]
-    cells = plan([replace(config, seed=seed) for config in arms for seed in (0, 1)], tmp_path)
+    runs = plan([replace(config, seed=seed) for config in arms for seed in (0, 1)], tmp_path)
     exits = {"outcome": "exited", "exit_confirmed": {"rounds": 3, "labels": 90}}
     rows = [
         {"help_gain": 0.2}, {"help_gain": 0.4},
@@ -217,10 +217,10 @@ def test_table_by_hand(tmp_path: Path) -> None:
         {"help_gain": 0.1},  # its second seed fails
         {"help_gain": 0.0}, {"help_gain": 0.0},
     ]  # fmt: skip
-    broken = cells[5].path
-    for cell, row in zip([c for c in cells if c.path != broken], rows, strict=True):
-        finish(cell, **row)
-    table = tabulate(tmp_path, cells, {broken: "ValueError: no"})
+    broken = runs[5].path
+    for run, row in zip([c for c in runs if c.path != broken], rows, strict=True):
+        finish(run, **row)
+    table = tabulate(tmp_path, runs, {broken: "ValueError: no"})
     by_arm = {row["arm"]: row for row in table["arms"]}
 
     assert by_arm["clean"]["learning_retained"] == pytest.approx(1.0)
@@ -242,9 +242,9 @@ def test_table_by_hand(tmp_path: Path) -> None:
 
 
 def test_without_a_clean_arm_nothing_is_said_of_learning(tmp_path: Path, capsys: Any) -> None:
-    cells = plan(configs("smoke --rho .4"), tmp_path)
-    finish(cells[0], help_gain=0.3)
-    (row,) = tabulate(tmp_path, cells, {})["arms"]
+    runs = plan(configs("smoke --rho .4"), tmp_path)
+    finish(runs[0], help_gain=0.3)
+    (row,) = tabulate(tmp_path, runs, {})["arms"]
     assert row["learning_retained"] is None and row["holds"] is None
     print_table({"arms": [row]})
     assert "clean, undefended twin" in " ".join(capsys.readouterr().out.split())
@@ -252,8 +252,8 @@ def test_without_a_clean_arm_nothing_is_said_of_learning(tmp_path: Path, capsys:
 
 def test_the_table_covers_what_the_folder_held_before(tmp_path: Path) -> None:
     before = plan(configs("smoke --rho 0 .4 --seeds 2"), tmp_path)
-    for cell in before:
-        finish(cell, help_gain=0.4)
+    for run in before:
+        finish(run, help_gain=0.4)
     (now,) = plan(configs("smoke --rho .4 --defence freeze"), tmp_path)
     finish(now, help_gain=0.1)
     table = tabulate(tmp_path, [now], {})
@@ -319,21 +319,21 @@ def test_a_stopped_sweep_says_how_to_go_on(
 
 
 def test_extending_makes_a_finished_run_unfinished(tmp_path: Path) -> None:
-    (cell,) = plan([preset("smoke")], tmp_path)
-    finish(cell, help_gain=0.1)
-    assert is_finished(cell.path, cell.config)
-    longer = replace(cell.config, rounds=9)
-    assert not is_finished(cell.path, longer)
-    extend(cell.path, longer)
-    assert not (cell.path / "summary.json").exists()
-    assert not is_finished(cell.path, cell.config)
+    (run,) = plan([preset("smoke")], tmp_path)
+    finish(run, help_gain=0.1)
+    assert is_finished(run.path, run.config)
+    longer = replace(run.config, rounds=9)
+    assert not is_finished(run.path, longer)
+    extend(run.path, longer)
+    assert not (run.path / "summary.json").exists()
+    assert not is_finished(run.path, run.config)
 
 
 def test_a_directory_of_another_run_is_refused(tmp_path: Path, capsys: Any) -> None:
-    (cell,) = plan([preset("smoke")], tmp_path)
-    finish(cell, help_gain=0.1)
-    other = replace(cell.config, samples_per_round=1)
-    (cell.path / "manifest.json").write_text(json.dumps({"config": other.to_dict()}))
+    (run,) = plan([preset("smoke")], tmp_path)
+    finish(run, help_gain=0.1)
+    other = replace(run.config, samples_per_round=1)
+    (run.path / "manifest.json").write_text(json.dumps({"config": other.to_dict()}))
     assert main(["sweep", "smoke", "--out", str(tmp_path)]) == 2
     assert "holds a run of another config" in capsys.readouterr().err
 
