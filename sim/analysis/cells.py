@@ -14,11 +14,11 @@ import pandas as pd
 
 from envs.registry import brief
 from sim.analysis.arm_names import base_name, leaves
-from sim.analysis.load import Run, named
+from sim.analysis.load import Run, mean_of, named
 from sim.analysis.paired import nested_rmst, nested_weights, with_interval
-from sim.analysis.plots import RHO
 from sim.analysis.retained import clean_twins, learning_retained
 from sim.analysis.survival import Estimate, exit_table, horizon_of
+from sim.analysis.words import RHO
 
 CLEAN, BARE = "clean", "no defence"
 """What an attack and a defence are called where there is none."""
@@ -72,7 +72,7 @@ def cells(
                     "horizon": horizon,
                     **_known(found),
                     "retained": learning_retained(group, twins),
-                    "gain": _mean(run.summary.get("help_gain") for run in group),
+                    "gain": mean_of(group, "help_gain"),
                     ASKED: labels[3],
                     **dict(zip(RHO, _shares(group), strict=True)),
                 }
@@ -130,11 +130,6 @@ def lines(table: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
     return found
 
 
-def cut_short(run: Run) -> bool:
-    """Whether the run ended before its last round: at its exit, by its attacker, diverged."""
-    return bool(run.rounds["round"].max() < run.asked) or run.summary.get("occupancy") is None
-
-
 def _known(found: Estimate | None) -> dict[str, float | None]:
     """Value and interval; runs that are all alike have none, not one of width 0."""
     shown = ("value", "low", "high") if found and found.error else ("value",)
@@ -142,7 +137,7 @@ def _known(found: Estimate | None) -> dict[str, float | None]:
 
 
 def _occupancy(runs: list[Run], part: pd.DataFrame, rng: np.random.Generator) -> Estimate | None:
-    if any(cut_short(run) for run in runs):
+    if any(run.ended_early or run.summary.get("occupancy") is None for run in runs):
         return None
     values = np.array([run.summary["occupancy"] for run in runs], float)
     weights = nested_weights(part["world"].to_numpy(), rng, 2000)
@@ -163,8 +158,3 @@ def _shares(runs: list[Run]) -> np.ndarray:
     known = ~np.isnan(found)
     sums = np.where(known, found, 0).sum(0)
     return np.where(known.any(0), sums / np.maximum(known.sum(0), 1), np.nan)
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
