@@ -61,7 +61,8 @@ def incidence_table(runs: Iterable[Run]) -> pd.DataFrame:
         curve = cumulative_incidence(part["time"].to_numpy(), part["cause"])
         last = curve.groupby("cause").tail(1).set_index("cause")
         shares = {
-            name: in_words(*last.loc[name, ["incidence", "lower", "upper"]], ".2f") for name in seen
+            name: in_words(*last.loc[name, ["incidence", "lower", "upper"]], form=".2f")
+            for name in seen
         }
         rows.append({"arm": arm, "runs": len(part), "by round": int(part["time"].max()), **shares})
     return pd.DataFrame(rows)
