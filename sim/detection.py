@@ -1,4 +1,4 @@
-"""Who would have been found out, and when: monitors that watch and do nothing.
+"""Who would have been found out, and when: detectors that watch and do nothing.
 
 Every annotator is tested for erring more often than honest people do
 (``agents/annotator_evidence.py``), by what an operator could see, whether or not a defence acts:
@@ -8,14 +8,14 @@ Every annotator is tested for erring more often than honest people do
                 an item, observed strata apart
 
 Whoever's evidence reaches 1 / alpha is flagged, for good. Only here is that joined with the truth:
-an attack is *detected* by a monitor when it has flagged at least half of the malicious annotators,
+an attack is *detected* by a detector when it has flagged at least half of the malicious annotators,
 and by ``ban`` when a defence has banned the first of them. Honest people who are flagged or banned
 are counted beside it.
 
 The bound on false flags is for gold: whoever answers at most ``GOLD_ERROR`` of the questions wrong.
 How often honest people disagree with each other depends on the pairs that the policy of the day
 offers, so ``PEER_ERROR`` is a guess, and as attackers become many honest people disagree with
-*them*. Monitors exist where the log lets them: gold with gold questions, peers with several votes
+*them*. Detectors exist where the log lets them: gold with gold questions, peers with several votes
 an item.
 """
 
@@ -32,7 +32,7 @@ from envs.types import STRATA
 from sim.rows import Clocks
 
 ALPHA = 0.05
-"""Chance that an honest person is ever flagged by one monitor."""
+"""Chance that an honest person is ever flagged by one detector."""
 GOLD_ERROR, PEER_ERROR = 0.1, 0.25
 """Error rates up to which people count as honest."""
 FOUND = 0.5
@@ -40,7 +40,7 @@ FOUND = 0.5
 
 
 class Detection:
-    """Monitors of one run.
+    """Detectors of one run.
 
     Args:
         gold: whether gold questions are asked.
@@ -100,7 +100,7 @@ class Detection:
     def _evidence(
         self, info: dict[str, Any], stratum: np.ndarray
     ) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Ids, strata and errors, by kind of monitor."""
+        """Ids, strata and errors, by kind of detector."""
         found = {}
         if "gold" in self.tests:
             gold = info["gold"]
@@ -115,7 +115,7 @@ class Detection:
         return found
 
     def summary(self) -> dict[str, Any]:
-        """Clocks at detection by monitor, None where it never came, and honest people flagged."""
+        """Clocks at detection by detector, None where it never came, and honest people flagged."""
         if not self.watching:
             return {}
         names = [*self.tests, "ban"]

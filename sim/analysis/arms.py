@@ -12,6 +12,7 @@ from envs.usage import UsageError
 from sim.analysis import style
 from sim.analysis.load import Run, by_arm
 from sim.analysis.survival import MIN_SEEDS, exit_table, kaplan_meier
+from sim.analysis.words import CLOCKS, span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,14 +21,6 @@ DODGE, MOST_DODGE = 0.012, 0.03
 """Vertical shift between arms, so that curves that coincide can all be seen, and its bound."""
 MOST_ARMS = 24
 """Most arms that curves are drawn of; of more those that left earliest, or end most harmful."""
-CLOCKS = {
-    "rounds": "round",
-    "labels": "labels consumed",
-    "optimizer_steps": "optimizer steps",
-    "malicious_labels": "malicious labels",
-    "flips": "flipped labels",
-    "tokens": "tokens served",
-}
 
 
 @style.styled
@@ -169,7 +162,7 @@ def plot_survival(runs: Iterable[Run], ax: Axes | None = None, clock: str = "rou
     counts = _counts(seeds, listed)
     band = f"bands need {MIN_SEEDS} seeds and are left out" if few else "bands: 95%, log-log"
     band = "no bands, which would cover each other" if listed and not few else band
-    odd = (table["cause"].isin(["collapsed", "diverged"]) & table["arm"].isin(arms)).sum()
+    odd = (table["outcome"].isin(["collapsed", "diverged"]) & table["arm"].isin(arms)).sum()
     broken = f" {odd} run(s) collapsed or diverged." if odd else ""
     style.caption(
         ax,
@@ -206,9 +199,6 @@ def _at_risk(
 
 
 def _counts(seeds: dict[str, int], many: bool) -> str:
-    fewest, most = min(seeds.values()), max(seeds.values())
-    if fewest == most:
-        return f"n = {most} per arm"
-    if many:
-        return f"n = {fewest} to {most} per arm"
+    if many or len(set(seeds.values())) == 1:
+        return f"n = {span(seeds.values())} per arm"
     return ", ".join(f"{arm}: n = {n}" for arm, n in seeds.items())

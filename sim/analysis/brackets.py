@@ -15,11 +15,12 @@ import pandas as pd
 
 from envs.usage import UsageError
 from sim.analysis import style
-from sim.analysis.arms import CLOCKS
 from sim.analysis.censored import npmle
-from sim.analysis.incidence import COLUMNS, LINE, MOST_PANELS, PANEL
+from sim.analysis.incidence import MOST_PANELS
 from sim.analysis.load import Run
+from sim.analysis.panels import arm_panels, few_ticks
 from sim.analysis.survival import exit_table, kaplan_meier
+from sim.analysis.words import CLOCKS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,22 +44,12 @@ def plot_brackets(runs: Iterable[Run], ax: Axes | None = None, clock: str = "rou
     if not arms:
         raise UsageError(f"runs: none of {len(exits)} has a bracket; allowed: a certified exit")
     more, arms = len(arms) - MOST_PANELS, arms[:MOST_PANELS]
-    names = style.short_names(arms)
-    head = LINE * (max(name.count("\n") for name in names.values()) + 2)
-    rows = -(-len(arms) // COLUMNS)
-    ax = style.axes(ax, 8.8, rows * (PANEL + head + 0.3) / 0.77)
-    panels = style.panels(ax, len(arms), COLUMNS, 0.86, PANEL / (PANEL + head + 0.3))
+    parts = {arm: exits[exits["arm"] == arm] for arm in arms}
+    ax, panels = arm_panels(ax, parts, CLOCKS[clock], "share inside")
     learner = exits["run"].map({str(run.path): run.learner for run in runs})
     last = exits.groupby(learner)["time"].transform("max").clip(lower=1.0)
-    for i, (arm, panel) in enumerate(zip(arms, panels, strict=True)):
-        part = exits[exits["arm"] == arm]
+    for part, panel in zip(parts.values(), panels, strict=True):
         _curves(panel, part, float(last[part.index[0]]))
-        panel.set_title(f"{names[arm]}\nn = {len(part)}", fontsize=8.5, fontweight="normal")
-        panel.tick_params(labelsize=8.5, labelleft=i % COLUMNS == 0)
-        if i % COLUMNS == 0:
-            panel.set_ylabel("share inside", fontsize=8.5)
-        if i + COLUMNS >= len(arms):
-            panel.set_xlabel(CLOCKS[clock], fontsize=8.5)
     style.corner_legend(ax, panels[0].get_legend_handles_labels()[0])
     ax.set_title("When did they leave?")
     rest = f" {more} more arms have no panel." if more > 0 else ""
@@ -75,8 +66,6 @@ def plot_brackets(runs: Iterable[Run], ax: Axes | None = None, clock: str = "rou
 
 
 def _curves(panel: Axes, part: pd.DataFrame, horizon: float) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     steps = npmle(part["left"].to_numpy(), part["right"].to_numpy())
     # Mass right of the last certificate is that of runs that never left.
     steps = steps[np.isfinite(steps["right"])]
@@ -94,4 +83,4 @@ def _curves(panel: Axes, part: pd.DataFrame, horizon: float) -> None:
         label="confirmed exit",
     )  # fmt: skip
     panel.set(xlim=(0, horizon), ylim=(-0.02, 1.04), yticks=(0, 0.5, 1))
-    panel.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True, steps=[1, 2, 5, 10]))
+    few_ticks(panel)

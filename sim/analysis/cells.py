@@ -14,11 +14,11 @@ import pandas as pd
 
 from envs.registry import brief
 from sim.analysis.arm_names import base_name
-from sim.analysis.load import Run, named
+from sim.analysis.load import Run, mean_of, named
 from sim.analysis.paired import nested_rmst, nested_weights, with_interval
-from sim.analysis.plots import RHO
 from sim.analysis.retained import clean_twins, learning_retained
 from sim.analysis.survival import Estimate, exit_table, horizon_of
+from sim.analysis.words import RHO
 from sim.identity import leaves
 
 CLEAN, BARE = "clean", "no defence"
@@ -73,7 +73,7 @@ def cells(
                     "horizon": horizon,
                     **{name: getattr(found, name, None) for name in ("value", "low", "high")},
                     "retained": learning_retained(group, twins),
-                    "gain": _mean(run.summary.get("help_gain") for run in group),
+                    "gain": mean_of(group, "help_gain"),
                     ASKED: labels[3],
                     **dict(zip(RHO, _shares(group), strict=True)),
                 }
@@ -131,13 +131,8 @@ def lines(table: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
     return found
 
 
-def cut_short(run: Run) -> bool:
-    """Whether the run ended before its last round: at its exit, by its attacker, diverged."""
-    return bool(run.rounds["round"].max() < run.asked) or run.summary.get("occupancy") is None
-
-
 def _occupancy(runs: list[Run], part: pd.DataFrame, rng: np.random.Generator) -> Estimate | None:
-    if any(cut_short(run) for run in runs):
+    if any(run.ended_early or run.summary.get("occupancy") is None for run in runs):
         return None
     values = np.array([run.summary["occupancy"] for run in runs], float)
     weights = nested_weights(part["world"].to_numpy(), rng, 2000)
@@ -158,8 +153,3 @@ def _shares(runs: list[Run]) -> np.ndarray:
     known = ~np.isnan(found)
     sums = np.where(known, found, 0).sum(0)
     return np.where(known.any(0), sums / np.maximum(known.sum(0), 1), np.nan)
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None

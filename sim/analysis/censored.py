@@ -25,10 +25,12 @@ import pandas as pd
 
 from envs.usage import UsageError, blamed_on
 from sim.analysis.load import Run
-from sim.analysis.survival import MIN_SEEDS, exit_table, left_at
+from sim.analysis.survival import MIN_SEEDS, exit_clocks, exit_table
 
 CAUSES = ("diverged", "exit", "collapse")
 """Ends that compete; of those at one time the first counts, as in ``envs.monitor.OUTCOMES``."""
+SHOWN = ("exit", "collapse", "diverged")
+"""The same in the order in which they are shown."""
 DETECTED = "detected"
 """A further end where one asks for it: the attack is found out. Within a round votes come before
 the update that makes the next policy, so at equal times it is first."""
@@ -100,10 +102,10 @@ def cause_table(
     Args:
         runs: finished runs.
         clock: as in :func:`sim.analysis.survival.exit_table`.
-        detected: the monitor of ``sim/detection.py`` whose detection ends a run too.
+        detected: the detector of ``sim/detection.py`` whose detection ends a run too.
 
     Raises:
-        ValueError: a run has not ended, or lacks the clock or the monitor.
+        ValueError: a run has not ended, or lacks the clock or the detector.
     """
     runs = list(runs)
     table = exit_table(runs, clock)
@@ -116,33 +118,38 @@ def cause_table(
     return table[["run", "arm", "replicate"]].assign(time=times, cause=causes)
 
 
-def detection(run: Run, monitor: str) -> dict[str, int] | None:
-    """Clocks at which ``monitor`` had found the attack of a finished run, None where it never did.
+def ends_compete(ends: pd.DataFrame) -> bool:
+    """Whether a run of this :func:`cause_table` collapsed or diverged before any exit."""
+    return bool(ends["cause"].isin(["collapse", "diverged"]).any())
+
+
+def detection(run: Run, detector: str) -> dict[str, int] | None:
+    """Clocks at which ``detector`` had found the attack of a finished run, None where it never did.
 
     Raises:
-        ValueError: the run had no such monitor.
+        ValueError: the run had no such detector.
     """
     known = run.summary.get("detected") or {}
-    if monitor not in known:
+    if detector not in known:
         raise UsageError(
-            f"monitor={monitor!r} did not watch {str(run.path)!r}; "
+            f"detector={detector!r} did not watch {str(run.path)!r}; "
             f"allowed: {', '.join(known) or 'runs in which annotators were watched'}"
         )
-    return known[monitor]
+    return known[detector]
 
 
-def _first_end(run: Run, clock: str, last: float, monitor: str | None) -> tuple[float, str]:
+def _first_end(run: Run, clock: str, last: float, detector: str | None) -> tuple[float, str]:
     summary = run.summary
     known = {
         "diverged": summary.get("diverged_at"),
-        "exit": left_at(run),
+        "exit": exit_clocks(run),
         "collapse": summary.get("collapsed_at"),
     }
     times = {cause: float(when[clock]) for cause, when in known.items() if when}
     if summary["outcome"] == "diverged":
         rounds = run.column("round" if clock == "rounds" else f"clock/{clock}")
         times = {"diverged": float(rounds.max()), **times}  # what training made, no evaluation saw
-    if monitor and (found := detection(run, monitor)):
+    if detector and (found := detection(run, detector)):
         times[DETECTED] = float(found[clock])
     order = (DETECTED, *CAUSES)
     first = min(times, key=lambda cause: (times[cause], order.index(cause)), default="none")

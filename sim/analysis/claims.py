@@ -5,8 +5,7 @@
     flips        share of runs that exit when 25 % of labels are flipped, whatever it is
     grid         share of runs that exit, by rho of the default attack
 
-Shares carry Clopper-Pearson intervals. Means carry a bootstrap that draws worlds first and seeds
-within worlds second, since runs of one world share its language and models.
+Shares carry Clopper-Pearson intervals, means those of :func:`sim.analysis.intervals.nested_mean`.
 """
 
 from __future__ import annotations
@@ -16,29 +15,12 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from envs.safe_sets import clopper_pearson
+from sim.analysis.intervals import nested_mean
 from sim.analysis.load import Run
+from sim.analysis.words import in_words
 
-BOOTSTRAP = 2000
 CLEAN_FROM, HARM_BOUND, HELP_BOUND, STEP_BOUND = 20, 0.05, 0.2, 50
-
-
-def share_interval(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Clopper-Pearson interval of k successes in n."""
-    from scipy.stats import binomtest
-
-    low, high = binomtest(k, n).proportion_ci(level, method="exact")
-    return float(low), float(high)
-
-
-def nested_interval(groups: list[np.ndarray], level: float = 0.95) -> tuple[float, float]:
-    """Bootstrap interval of the mean of group means: worlds first, then seeds within them."""
-    rng = np.random.default_rng(0)
-    means = np.empty(BOOTSTRAP)
-    for i in range(BOOTSTRAP):
-        picked = rng.integers(len(groups), size=len(groups))
-        means[i] = np.mean([rng.choice(groups[g], len(groups[g])).mean() for g in picked])
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 def claims(runs: Iterable[Run]) -> str:
@@ -83,7 +65,7 @@ def _share(runs: list[Run]) -> str:
     if not runs:
         return "–"
     exits = sum(run.summary["exit_confirmed"] is not None for run in runs)
-    low, high = share_interval(exits, len(runs))
+    low, high = clopper_pearson(exits, len(runs), 0.05)
     return f"{exits}/{len(runs)} [{low:.2f}, {high:.2f}]"
 
 
@@ -121,5 +103,4 @@ def _mean(runs: list[Run], values: list[float]) -> str:
     worlds: dict[int, list[float]] = defaultdict(list)
     for run, value in zip(runs, values, strict=True):
         worlds[int(run.config["world"]["seed"])].append(value)
-    low, high = nested_interval([np.array(v) for v in worlds.values()])
-    return f"{np.mean(values):.3f} [{low:.3f}, {high:.3f}]"
+    return in_words(*nested_mean(list(worlds.values())), ".3f")

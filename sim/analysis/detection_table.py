@@ -42,15 +42,16 @@ class _Log(NamedTuple):
 
 def supports(runs: Iterable[Run]) -> bool:
     """Whether a run has malicious annotators and evidence about them."""
-    return any(_scored(run) for run in runs)
+    return any(attack_watched(run) for run in runs)
 
 
-def _scored(run: Run) -> bool:
+def attack_watched(run: Run) -> bool:
+    """Whether ``run`` has ended, is no fork, and has attackers whom a detector watched."""
     watched = bool(run.summary.get("detected")) and not run.fork
     return watched and bool((run.column("feedback/rho_annotators") > 0).any())
 
 
-def make(runs: Iterable[Run]) -> pd.DataFrame:
+def detection_table(runs: Iterable[Run]) -> pd.DataFrame:
     """One row per attacked arm, kind of evidence and share of the run.
 
     Returns:
@@ -61,7 +62,7 @@ def make(runs: Iterable[Run]) -> pd.DataFrame:
     Raises:
         ValueError: no run with malicious annotators and evidence about them.
     """
-    known = [run for run in runs if _scored(run)]
+    known = [run for run in runs if attack_watched(run)]
     if not known:
         raise UsageError(
             "runs: none with malicious annotators who were watched; allowed: runs in crowd "

@@ -11,11 +11,17 @@ import numpy as np
 import pandas as pd
 
 from envs.usage import UsageError
-from sim.analysis.censored import cause_table, cumulative_incidence, dose_response
+from sim.analysis.censored import (
+    SHOWN,
+    cause_table,
+    cumulative_incidence,
+    dose_response,
+    ends_compete,
+)
 from sim.analysis.exit_errors import exit_errors
-from sim.analysis.incidence import ENDS, ends_compete
 from sim.analysis.load import Run
 from sim.analysis.survival import MIN_SEEDS, exit_table
+from sim.analysis.words import in_words
 from sim.identity import SEEDS, identity
 
 MIN_DOSES = 3
@@ -47,7 +53,7 @@ def incidence_table(runs: Iterable[Run]) -> pd.DataFrame:
     ends = cause_table(runs)
     if not ends_compete(ends):
         return pd.DataFrame()
-    seen = [name for name in ENDS if (ends["cause"] == name).any()]
+    seen = [name for name in SHOWN if (ends["cause"] == name).any()]
     rows = []
     for arm, part in ends.groupby("arm", sort=False):
         if (part["cause"] == "none").all():
@@ -55,7 +61,8 @@ def incidence_table(runs: Iterable[Run]) -> pd.DataFrame:
         curve = cumulative_incidence(part["time"].to_numpy(), part["cause"])
         last = curve.groupby("cause").tail(1).set_index("cause")
         shares = {
-            name: _interval(*last.loc[name, ["incidence", "lower", "upper"]]) for name in seen
+            name: in_words(*last.loc[name, ["incidence", "lower", "upper"]], form=".2f")
+            for name in seen
         }
         rows.append({"arm": arm, "runs": len(part), "by round": int(part["time"].max()), **shares})
     return pd.DataFrame(rows)
@@ -91,7 +98,7 @@ def _dose_row(run: Run, exits: pd.DataFrame) -> dict[str, object]:
     except UsageError:
         factor = None
     else:
-        factor = "× " + _interval(found.factor, found.low, found.high)
+        factor = "× " + in_words(found.factor, found.low, found.high, ".2f")
     return {
         "arms": run.arm.replace(f" ρ={run.rho:g}", "", 1),
         "values of ρ": ", ".join(f"{rho:g}" for rho in sorted(set(exits["rho"]))),
@@ -135,7 +142,3 @@ def _plus_minus(value: float | None, error: float | None) -> str | None:
     if pd.isna(value):
         return None
     return f"{value:+.1f}" if pd.isna(error) else f"{value:+.1f} ± {error:.1f}"
-
-
-def _interval(value: float, low: float | None, high: float | None) -> str:
-    return f"{value:.2f}" if pd.isna(low) else f"{value:.2f} [{low:.2f}, {high:.2f}]"

@@ -16,10 +16,9 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from envs.usage import UsageError
 from sim.analysis import style
-from sim.analysis.arms import CLOCKS
 from sim.analysis.load import Run
 from sim.analysis.survival import MIN_SEEDS, Estimate, exit_table, median_exit
-from sim.analysis.tables import in_words
+from sim.analysis.words import CLOCKS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,14 +29,14 @@ MOST_ROWS = 60
 ROW = 0.23
 
 
-def records(runs: Iterable[Run], clock: str) -> bool:
+def has_clock(runs: Iterable[Run], clock: str) -> bool:
     """Whether some run has ended and all that have recorded ``clock``."""
     known = [run for run in runs if run.summary]
     name = "round" if clock == "rounds" else f"clock/{clock}"
     return bool(known) and all(run.column(name).notna().any() for run in known)
 
 
-def times(runs: Iterable[Run], clock: str = "malicious_labels") -> pd.DataFrame:
+def left_table(runs: Iterable[Run], clock: str = "malicious_labels") -> pd.DataFrame:
     """The exit table of arms of which a run left; without clean ones on the attackers' clocks."""
     table = exit_table(runs, clock)
     if clock in ATTACKERS_OWN:
@@ -54,7 +53,7 @@ def plot_exit_times(
     Raises:
         ValueError: no run left, or a run is unfinished or does not record the clock.
     """
-    table = times(runs, clock)
+    table = left_table(runs, clock)
     if table.empty:
         raise UsageError("runs: none left the safe set; allowed: a run with a confirmed exit")
     groups = {arm: part for arm, part in table.groupby("arm", sort=False)}
@@ -97,11 +96,12 @@ def clock_table(runs: Iterable[Run]) -> pd.DataFrame:
     """One row per arm of which a run left: the median exit on every clock, with its interval."""
     runs = list(runs)
     rows: dict[str, dict[str, object]] = {}
-    for clock in (clock for clock in CLOCKS if records(runs, clock)):
-        for arm, part in times(runs, clock).groupby("arm", sort=False):
+    for clock in (clock for clock in CLOCKS if has_clock(runs, clock)):
+        for arm, part in left_table(runs, clock).groupby("arm", sort=False):
             left = f"{int(part['event'].sum())} of {len(part)}"
             row = rows.setdefault(str(arm), {"arm": arm, "left": left})
-            row[CLOCKS[clock]] = in_words(median_exit(part["time"], part["event"]), ",.0f")
+            median = median_exit(part["time"], part["event"])
+            row[CLOCKS[clock]] = median and median.in_words(",.0f")
     return pd.DataFrame(list(rows.values()))
 
 

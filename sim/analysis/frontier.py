@@ -17,6 +17,7 @@ from envs.usage import UsageError
 from sim.analysis import style
 from sim.analysis.cells import BARE, cells
 from sim.analysis.load import Run
+from sim.analysis.words import span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,14 +99,12 @@ def plot_frontier(runs: Iterable[Run], ax: Axes | None = None) -> Axes:
     _key(ax, names, rows * (HEIGHT + GAP))
     ax.set_title("What does safety cost?", y=1 - (GAP - 0.36) / (rows * (HEIGHT + GAP)))
     sunk = f" ▾: {FLOOR:g} or less." if (table["learned"] <= FLOOR).any() else ""
-    counts = sorted(set(table["n"]))
-    n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     style.caption(
         ax,
         "Restricted mean time to the confirmed exit against "
-        f"{LEARNED[table['measure'].iloc[0]]}, means over n = {n} runs a defence. Blue: no run "
-        "left; red: some did. Line: the frontier, beyond which no defence here has more of both. "
-        f"Differences within the runs' spread are not findings.{sunk}",
+        f"{LEARNED[table['measure'].iloc[0]]}, means over n = {span(table['n'])} runs a defence. "
+        "Blue: no run left; red: some did. Line: the frontier, beyond which no defence here has "
+        f"more of both. Differences within the runs' spread are not findings.{sunk}",
     )
     return ax
 

@@ -12,19 +12,20 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from sim.analysis import detection_table, hackability, hacking_forms, set_exits, stealth
+from sim.analysis import detection_table, hackability, hacking_forms, stealth
 from sim.analysis.arms import plot_arms, plot_survival
 from sim.analysis.brackets import plot_brackets
 from sim.analysis.cells import cell_table
-from sim.analysis.censored import cause_table
+from sim.analysis.censored import cause_table, ends_compete
 from sim.analysis.exit_tables import CAUTIONS, dose_table, incidence_table, truth_table
-from sim.analysis.exit_times import clock_table, plot_exit_times, records, times
+from sim.analysis.exit_times import clock_table, has_clock, left_table, plot_exit_times
 from sim.analysis.frontier import frontier_table, plot_frontier
 from sim.analysis.heat_map import plot_heat_map, ratio_table
-from sim.analysis.incidence import ends_compete, plot_incidence
+from sim.analysis.incidence import plot_incidence
 from sim.analysis.limits import limit_table, plot_limits
 from sim.analysis.load import Run
 from sim.analysis.retained import UNKNOWN
+from sim.analysis.set_exits import set_exit_table
 from sim.analysis.survival import MIN_SEEDS
 from sim.analysis.tables import FOUND, arm_table, branch_table, run_table
 from sim.analysis.time_by_rho import doses, plot_time_by_rho
@@ -64,10 +65,6 @@ class Sheet:
 def ended(runs: list[Run]) -> list[Run]:
     """Those that have ended: exit times of the others are not known yet."""
     return [run for run in runs if run.summary]
-
-
-def _arms(runs: list[Run]) -> pd.DataFrame:
-    return arm_table(ended(runs)) if ended(runs) else pd.DataFrame()
 
 
 def _has_arms(runs: list[Run]) -> bool:
@@ -130,7 +127,7 @@ PICTURES: tuple[Picture, ...] = (
         "malicious_labels",
         "Malicious labels to exit",
         lambda runs: plot_exit_times(ended(runs)),
-        lambda runs: records(runs, "malicious_labels") and bool(len(times(ended(runs)))),
+        lambda runs: has_clock(runs, "malicious_labels") and bool(len(left_table(ended(runs)))),
     ),
     Picture(
         "limits",
@@ -141,19 +138,19 @@ PICTURES: tuple[Picture, ...] = (
     Picture(
         "stealth",
         "Left before found? Exit time against detection time",
-        lambda runs: stealth.draw(ended(runs)),
+        lambda runs: stealth.plot_stealth(ended(runs)),
         lambda runs: stealth.supports(ended(runs)),
     ),
     Picture(
         "hackability",
         "Does more reward mean less harm?",
-        hackability.draw,
+        hackability.plot_hackability,
         hackability.supports,
     ),
     Picture(
         "hacking_forms",
         "Is the reward earned by empty words?",
-        hacking_forms.draw,
+        hacking_forms.plot_hacking_forms,
         hacking_forms.supports,
     ),
 )
@@ -162,7 +159,7 @@ SHEETS: tuple[Sheet, ...] = (
     Sheet(
         "arms",
         "Arms",
-        _arms,
+        _of_ended(arm_table),
         "The restricted mean is missing where every run of an arm ended early, without an exit: "
         f"nobody knows how long the policy would have stayed inside. {UNKNOWN} “{FOUND}”: some "
         "policy of the arm left the safe set; of the arms with a yes, that rate are wrong on "
@@ -196,7 +193,7 @@ SHEETS: tuple[Sheet, ...] = (
     Sheet(
         "sets",
         "Exits from other safe sets",
-        _of_ended(_where(set_exits.supports, set_exits.make)),
+        _of_ended(set_exit_table),
         "Mean E[c] ≤ b decides a run's outcome; chance P(c ≥ c0), CVaR (mean of the worst answers) "
         "and pointwise (share of answers above b) are other meanings of safe. Naive exits have no "
         "guarantee; a confirmed one is false with probability α at most, each set by itself.",
@@ -204,22 +201,22 @@ SHEETS: tuple[Sheet, ...] = (
     Sheet(
         "stealth",
         "Left before found",
-        _of_ended(_where(stealth.supports, stealth.make)),
+        _of_ended(_where(stealth.supports, stealth.stealth_table)),
         "Margin: probability that the policy leaves the safe set before half of the malicious "
         "people are flagged, with 95 %; rounds: restricted mean time to detection minus that to "
-        "exit, paired by run; flagged: honest people whom the monitor flagged, a run.",
+        "exit, paired by run; flagged: honest people whom the detector flagged, a run.",
     ),
     Sheet(
         "detection",
         "How well annotators are told apart",
-        _of_ended(_where(detection_table.supports, detection_table.make)),
+        _of_ended(_where(detection_table.supports, detection_table.detection_table)),
         "Area under the ROC curve over annotators, and true positives at 1 % false ones, by kind "
         "of evidence and by share of the run seen.",
     ),
     Sheet(
         "hackability",
         "Reward against truth",
-        _where(hackability.supports, hackability.make),
+        hackability.hackability_table,
         "Over pairs of a run's evaluated policies: how often the reward model and the truth order "
         "them differently. Only pairs whose order both certify count as agreeing or disagreeing; "
         "what is left is undecided.",
@@ -227,7 +224,7 @@ SHEETS: tuple[Sheet, ...] = (
     Sheet(
         "hacking_forms",
         "Forms of reward hacking",
-        _where(hacking_forms.supports, hacking_forms.make),
+        hacking_forms.hacking_forms_table,
         "Share of answers that are nothing or one word, gibberish, or the question itself.",
     ),
     Sheet("truth", "Exits against the truth", _of_ended(truth_table), CAUTIONS["truth"]),

@@ -31,6 +31,7 @@ from envs.usage import UsageError
 from sim.analysis import style
 from sim.analysis.load import Run, by_arm
 from sim.analysis.paired import nested_weights, with_interval
+from sim.analysis.words import span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -146,7 +147,7 @@ def disagreement(runs: Iterable[Run], truth: str = "harm") -> Share | None:
     return Share(disagree, agree, undecided, over.low, over.high, len(found))
 
 
-def make(runs: Iterable[Run]) -> pd.DataFrame:
+def hackability_table(runs: Iterable[Run]) -> pd.DataFrame:
     """One row per arm and truth: shares of pairs, 95 % over runs, and the most there can be.
 
     ``disordered, at most`` is D + U: in [disagree, at most] lies the true share of these very runs,
@@ -174,7 +175,7 @@ def make(runs: Iterable[Run]) -> pd.DataFrame:
 
 
 @style.styled
-def draw(runs: Iterable[Run], ax: Axes | None = None, truth: str = "harm") -> Axes:
+def plot_hackability(runs: Iterable[Run], ax: Axes | None = None, truth: str = "harm") -> Axes:
     """Bars by arm: certified disagreement, undecided, certified agreement; whisker over runs.
 
     Raises:
@@ -203,8 +204,7 @@ def draw(runs: Iterable[Run], ax: Axes | None = None, truth: str = "harm") -> Ax
     ax.set(xlim=(0, 1), xlabel="share of pairs of evaluations, mean over runs")
     ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8.8)
     ax.set_title(f"Reward against {truth}", pad=24)
-    fewest, most = (f([known[arm].runs for arm in shown]) for f in (min, max))
-    counts = f"n = {fewest}" if fewest == most else f"n = {fewest} to {most}"
+    counts = span(known[arm].runs for arm in shown)
     rest = " Black: 95% over runs." * bool(whiskers)
     rest += f" {len(known) - len(shown)} arms with no more are left out." * (
         len(known) > len(shown)
@@ -212,7 +212,7 @@ def draw(runs: Iterable[Run], ax: Axes | None = None, truth: str = "harm") -> Ax
     better = "harm rises" if truth == "harm" else "utility falls"
     style.caption(
         ax,
-        f"{counts} runs an arm. Disagree: the reward model's mean rises while {better}, or the "
+        f"n = {counts} runs an arm. Disagree: the reward model's mean rises while {better}, or the "
         f"reverse, both certified at {100 * ALPHA:g}% over all pairs of a run.{rest}",
     )
     return ax

@@ -45,7 +45,7 @@ def form_shares(run: Run) -> dict[tuple[str, str], pd.Series]:
     return {key: values for key, values in found.items() if values.notna().any()}
 
 
-def make(runs: Iterable[Run]) -> pd.DataFrame:
+def hacking_forms_table(runs: Iterable[Run]) -> pd.DataFrame:
     """One row per arm, form and kind of prompt that has any such answer.
 
     ``start``, ``peak`` and ``end`` are means over runs, ``worst`` the greatest share in any; then
@@ -87,7 +87,7 @@ def most_hacked(runs: Iterable[Run]) -> Run:
 
 
 @style.styled
-def draw(runs: Iterable[Run], ax: Axes | None = None) -> Axes:
+def plot_hacking_forms(runs: Iterable[Run], ax: Axes | None = None) -> Axes:
     """Reward against the share of each form, of the run in which one of them is most common.
 
     To the right and up is reward without an answer. Learners without a reward model are drawn by

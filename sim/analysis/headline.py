@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from envs.registry import brief
-from sim.analysis.claims import share_interval
-from sim.analysis.load import Run, by_arm
+from envs.safe_sets import clopper_pearson
+from sim.analysis.load import Run, by_arm, mean_of
 from sim.analysis.retained import clean_twins, holds, learning_retained
 from sim.analysis.tables import PARENTS, branch_table
 from sim.identity import leaves
@@ -101,18 +101,13 @@ def answer_table(runs: Iterable[Run]) -> pd.DataFrame:
             "share that left [95 %]": f"{len(group.exits) / len(group.runs):.2f} {group.interval}",
             "outside, unconfirmed": group.unconfirmed,
             "median exit round": float(np.median(group.exits)) if group.exits else None,
-            "harm at end": _mean(group.runs, "harm_end"),
-            "help gain": _mean(group.runs, "help_gain"),
+            "harm at end": mean_of(group.runs, "harm_end"),
+            "help gain": mean_of(group.runs, "help_gain"),
             "learning retained": group.retained,
             "holds": {True: "yes", False: "no", None: None}[group.holds],
         }
         for group in groups(runs)
     )
-
-
-def _mean(runs: list[Run], name: str) -> float | None:
-    known = [run.summary[name] for run in runs if run.summary.get(name) is not None]
-    return float(np.mean(known)) if known else None
 
 
 def answer(runs: Iterable[Run]) -> list[str]:
@@ -198,7 +193,7 @@ def _kept(mine: list[Group]) -> str:
 
 
 def _interval(left: int, n: int) -> str:
-    low, high = share_interval(left, n)
+    low, high = clopper_pearson(left, n, 0.05)
     return f"[{low:.2f}, {high:.2f}]"
 
 

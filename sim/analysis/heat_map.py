@@ -15,9 +15,9 @@ import pandas as pd
 
 from envs.usage import UsageError
 from sim.analysis import style
-from sim.analysis.arms import CLOCKS
 from sim.analysis.cells import BARE, CLEAN, cells
 from sim.analysis.load import Run
+from sim.analysis.words import CLOCKS, span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,8 +93,6 @@ def plot_heat_map(runs: Iterable[Run], ax: Axes | None = None, clock: str = "rou
             panel.set_yticks(range(len(shown)), shown, fontsize=8.5, color=style.INK)
             left += wide + GAP
     ax.set_title("Time in the safe set, against no defence", pad=26)
-    counts = sorted(set(table["n"]))
-    n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     under = f" Attack: {min(attacks)}." if len(attacks) == 1 else ""
     lone = " Grey, with the mean: no undefended twin here." if not table["twin"].all() else ""
     if not (table["paired"] | ~table["twin"]).all():
@@ -103,8 +101,8 @@ def plot_heat_map(runs: Iterable[Run], ax: Axes | None = None, clock: str = "rou
         ax,
         "×: restricted mean time to the confirmed exit over that of the same learner under the "
         f"same attack without a defence, whose row has the mean itself (clock: {CLOCKS[clock]}). "
-        f"Blue: longer; red: shorter. Small: runs that left of those of the cell, n = {n}."
-        f"{under}{lone}",
+        f"Blue: longer; red: shorter. Small: runs that left of those of the cell, "
+        f"n = {span(table['n'])}.{under}{lone}",
         below=72 * (head - 0.3) + 8,
     )
     return ax

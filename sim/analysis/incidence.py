@@ -11,27 +11,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import MaxNLocator
 
 from envs.usage import UsageError
 from sim.analysis import style
-from sim.analysis.arms import CLOCKS
-from sim.analysis.censored import cause_table, cumulative_incidence
+from sim.analysis.censored import SHOWN, cause_table, cumulative_incidence
 from sim.analysis.load import Run
+from sim.analysis.panels import arm_panels, few_ticks
+from sim.analysis.words import CLOCKS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ENDS = {"exit": style.VERMILION, "collapse": style.AMBER, "diverged": style.INK}
+ENDS = dict(zip(SHOWN, (style.VERMILION, style.AMBER, style.INK), strict=True))
 """Ends in the order in which they are stacked, and their colours."""
-COLUMNS, MOST_PANELS = 3, 18
-PANEL, LINE = 1.2, 0.17
-"""Inches that a panel is high, and a line of an arm's name over it."""
-
-
-def ends_compete(ends: pd.DataFrame) -> bool:
-    """Whether a run of this ``cause_table`` collapsed or diverged before any exit."""
-    return bool(ends["cause"].isin(["collapse", "diverged"]).any())
+MOST_PANELS = 18
 
 
 def by_cause(ends: pd.DataFrame) -> pd.DataFrame:
@@ -55,23 +48,11 @@ def plot_incidence(runs: Iterable[Run], ax: Axes | None = None, clock: str = "ro
     if not arms:
         raise UsageError(f"runs: none of {len(ends)} ended; allowed: runs with an exit or collapse")
     ends = ends[ends["arm"].isin(arms)]
-    names = style.short_names(arms)
-    lines = max(name.count("\n") for name in names.values()) + 2  # and the number of runs
-    rows = -(-len(arms) // COLUMNS)
-    head = LINE * lines
-    ax = style.axes(ax, 8.8, rows * (PANEL + head + 0.3) / 0.77)  # .77: share inside the margins
     horizon = max(1.0, ends["time"].max())
-    panels = style.panels(ax, len(arms), COLUMNS, 0.86, PANEL / (PANEL + head + 0.3))
-    for i, (arm, panel) in enumerate(zip(arms, panels, strict=True)):
-        column = i % COLUMNS
-        part = ends[ends["arm"] == arm]
+    parts = {arm: ends[ends["arm"] == arm] for arm in arms}
+    ax, panels = arm_panels(ax, parts, CLOCKS[clock], "share of runs")
+    for part, panel in zip(parts.values(), panels, strict=True):
         _stack(panel, by_cause(part), horizon)
-        panel.set_title(f"{names[arm]}\nn = {len(part)}", fontsize=8.5, fontweight="normal")
-        panel.tick_params(labelsize=8.5, labelleft=column == 0)
-        if column == 0:
-            panel.set_ylabel("share of runs", fontsize=8.5)
-        if i + COLUMNS >= len(arms):
-            panel.set_xlabel(CLOCKS[clock], fontsize=8.5)
     _legend(ax, ends)
     ax.set_title("How runs end first")
     more = f" {left_out} more arms with ends are in the table only." if left_out else ""
@@ -104,7 +85,7 @@ def _stack(panel: Axes, curve: pd.DataFrame, horizon: float) -> None:
     if time[-1] < horizon:
         panel.axvspan(time[-1], horizon, fc="white", ec=style.LIGHT, hatch="////", lw=0)
     panel.set(xlim=(0, horizon), ylim=(0, 1), yticks=(0, 0.5, 1))
-    panel.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True, steps=[1, 2, 5, 10]))
+    few_ticks(panel)
 
 
 def _legend(ax: Axes, ends: pd.DataFrame) -> None:

@@ -15,7 +15,6 @@ import pandas as pd
 
 from envs.usage import UsageError
 from sim.analysis import style
-from sim.analysis.cells import cut_short
 from sim.analysis.load import Run, by_arm
 from sim.analysis.survival import ended_unconfirmed
 
@@ -45,9 +44,9 @@ def exit_shares(runs: Iterable[Run]) -> pd.DataFrame:
 
 def _known(run: Run) -> list[str]:
     elsewhere = run.summary.get("exit_constraint") not in (None, "harm")
-    if ended_unconfirmed(run) or elsewhere and cut_short(run):
+    if ended_unconfirmed(run) or elsewhere and run.ended_early:
         return [b for b, left in run.summary["tau_b"].items() if left["confirmed"]]
-    short = run.summary["exit_confirmed"] is not None and cut_short(run)
+    short = run.summary["exit_confirmed"] is not None and run.ended_early
     return [b for b in run.summary["tau_b"] if not short or float(b) <= run.limit + 1e-9]
 
 
@@ -105,7 +104,7 @@ def plot_limits(runs: Iterable[Run], ax: Axes | None = None) -> Axes:
         spine.set_visible(False)
     ax.set_title("Who left, had the limit been another?")
     short = any(
-        run.summary.get("exit_confirmed") and cut_short(run) or ended_unconfirmed(run)
+        run.summary.get("exit_confirmed") and run.ended_early or ended_unconfirmed(run)
         for run in runs
     )
     stopped = " Empty: unknown, since a run was stopped at its exit." if short else ""

@@ -113,6 +113,11 @@ class Run:
         return self.alpha / self.constraints
 
     @property
+    def ended_early(self) -> bool:
+        """Whether it ended before its last round; runs of older versions did not record it."""
+        return bool(self.summary.get("censored", self.rounds["round"].max() < self.asked))
+
+    @property
     def evaluations(self) -> pd.DataFrame:
         """The rounds at which the policy was measured."""
         return self.rounds[self.column("safety/harm").notna()]
@@ -266,6 +271,12 @@ def by_arm(runs: Iterable[Run]) -> dict[str, list[Run]]:
     for run in sorted(runs, key=lambda run: (bool(run.config.get("defences")), run.rho)):
         arms.setdefault(run.arm, []).append(run)
     return arms
+
+
+def mean_of(runs: Iterable[Run], field: str) -> float | None:
+    """Mean of a figure of the summaries, over the runs that have it."""
+    known = [run.summary[field] for run in runs if run.summary.get(field) is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _rounds(run: Path) -> pd.DataFrame:

@@ -15,6 +15,7 @@ from mpl_toolkits.axes_grid1 import make_axes_locatable
 
 from sim.analysis import style
 from sim.analysis.load import Run
+from sim.analysis.words import RHO
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,14 +25,6 @@ MARKS = {
     "true": ("D", 10, style.INK, "true crossing"),
     "confirmed": ("o", 7, style.VERMILION, "confirmed exit"),
 }
-RHO = {
-    "feedback/rho_annotators": "of people",
-    "feedback/rho_labels": "of votes cast",
-    "feedback/rho_flips": "of votes flipped",
-    "feedback/rho_risk_flips": "of risk-relevant votes flipped",
-    "feedback/rho_post": "of training targets wrong",
-}
-"""The five shares that "ρ" can mean, as direct labels."""
 
 
 @style.styled

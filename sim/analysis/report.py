@@ -75,7 +75,7 @@ def write_report(
     asked = [sheet for sheet in (ANSWER, *SHEETS) if several or sheet.name == "runs"]
     sheets = {sheet: sheet.make(runs) for sheet in asked}
     sheets = {sheet: frame for sheet, frame in sheets.items() if len(frame)}
-    said = samples.collect(runs, several)
+    said = samples.collect(runs)
     document = _document(runs, figures, sheets, said, line)
     page.parent.mkdir(parents=True, exist_ok=True)
     anew = page.exists()

@@ -36,19 +36,15 @@ class Samples(NamedTuple):
     """Rounds that were recorded."""
 
 
-def collect(runs: Sequence[Run], several: bool) -> Samples:
-    """Read the comparisons of ``runs`` that a page holds.
-
-    Args:
-        runs: the runs of the page.
-        several: whether a fork's parent may be among them; its rounds are then left to it.
+def collect(runs: Sequence[Run]) -> Samples:
+    """Read the comparisons of ``runs`` that a page holds; of several a fork has its own alone.
 
     Raises:
         ValueError: a part is gone, or one that is read is damaged.
     """
     tables, rounds, recorded = [], 0, 0
     for place, run in enumerate(runs):
-        since = run.began if several else 0
+        since = run.began if len(runs) > 1 else 0
         record = Record(run.path)
         record.check_there("samples/")
         parts = [part for part in sorted((run.path / "samples").glob("part-*.parquet"))]

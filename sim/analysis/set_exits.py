@@ -14,12 +14,7 @@ MEAN = "mean"
 """The set that decides a run's outcome."""
 
 
-def supports(runs: Iterable[Run]) -> bool:
-    """Whether any of the runs watched further sets; those of older versions did not."""
-    return any(run.summary.get("sets") for run in runs)
-
-
-def make(runs: Iterable[Run]) -> pd.DataFrame:
+def set_exit_table(runs: Iterable[Run]) -> pd.DataFrame:
     """One row per arm and set: its limit, how many runs left it, when, and the largest estimate.
 
     Rounds are medians over the runs that left. Naive exits have no guarantee; each set's confirmed

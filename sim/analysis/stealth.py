@@ -1,6 +1,6 @@
 """Stealth, measured: does the policy leave the safe set before its attackers are found out?
 
-Every run has two times, of its confirmed exit and of the detection by one monitor
+Every run has two times, of its confirmed exit and of the detection by one detector
 (``sim/detection.py``), both censored at the horizon. The stealth margin is
 
     P(T_exit < T_det)
@@ -22,63 +22,61 @@ import numpy as np
 import pandas as pd
 
 from envs import rng
+from envs.safe_sets import clopper_pearson
 from envs.usage import UsageError
 from sim.analysis import style
 from sim.analysis.censored import DETECTED, cause_table, cumulative_incidence, detection
+from sim.analysis.detection_table import attack_watched
 from sim.analysis.load import Run, by_arm
 from sim.analysis.paired import rmst_difference
-from sim.analysis.survival import left_at
+from sim.analysis.panels import columns_of
+from sim.analysis.survival import exit_clocks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MONITORS = {
+DETECTORS = {
     "gold": "gold questions, strata apart",
     "gold_all": "gold questions, pooled",
     "peers": "disagreement with peers, strata apart",
     "peers_all": "disagreement with peers, pooled",
     "ban": "first ban of an attacker",
 }
-"""Monitors in order of preference, in words."""
-COLUMNS, MOST_PANELS, PANEL, HEAD = 3, 9, 2.1, 0.95
-"""Panels in a row, at most, and inches that one and what stands over it are high."""
+"""Detectors in order of preference, in words."""
+MOST_PANELS, PANEL, HEAD = 9, 2.1, 0.95
+"""Panels at most, and inches that one and what stands over it are high."""
 
 
-def attacked(runs: Iterable[Run], monitor: str) -> list[Run]:
-    """Finished runs, no forks, with malicious annotators whom ``monitor`` watched."""
-    return [run for run in runs if _malicious(run) and monitor in (run.summary["detected"] or {})]
+def attacked(runs: Iterable[Run], detector: str) -> list[Run]:
+    """Finished runs, no forks, with malicious annotators whom ``detector`` watched."""
+    return [run for run in runs if attack_watched(run) and detector in run.summary["detected"]]
 
 
-def _malicious(run: Run) -> bool:
-    watched = bool(run.summary.get("detected")) and not run.fork
-    return watched and bool((run.column("feedback/rho_annotators") > 0).any())
-
-
-def best_monitor(runs: Iterable[Run]) -> str | None:
-    """The first of :data:`MONITORS` that watched every attacked run, None where none did."""
-    known = [run for run in runs if _malicious(run)]
-    shared = [name for name in MONITORS if all(name in run.summary["detected"] for run in known)]
+def best_detector(runs: Iterable[Run]) -> str | None:
+    """The first of :data:`DETECTORS` that watched every attacked run, None where none did."""
+    known = [run for run in runs if attack_watched(run)]
+    shared = [name for name in DETECTORS if all(name in run.summary["detected"] for run in known)]
     return shared[0] if known and shared else None
 
 
 def supports(runs: Iterable[Run]) -> bool:
-    """Whether :func:`draw` has anything to show: a run that was left, or whose attack was found."""
+    """Whether there is anything to draw: a run that was left, or whose attack was found."""
     runs = list(runs)
-    monitor = best_monitor(runs)
-    known = attacked(runs, monitor) if monitor else []
-    return any(left_at(run) or detection(run, monitor or "") for run in known)
+    detector = best_detector(runs)
+    known = attacked(runs, detector) if detector else []
+    return any(exit_clocks(run) or detection(run, detector or "") for run in known)
 
 
-def times(runs: Iterable[Run], monitor: str) -> pd.DataFrame:
+def times(runs: Iterable[Run], detector: str) -> pd.DataFrame:
     """One row per attacked run: run, arm, replicate, world, rho, and times in rounds.
 
     The times are exit, detected, horizon and last. The first two are infinite where they did not
     come by ``last``, the last round.
     """
     rows: list[dict[str, Any]] = []
-    for arm, members in by_arm(attacked(runs, monitor)).items():
+    for arm, members in by_arm(attacked(runs, detector)).items():
         for run in members:
-            found, exited = detection(run, monitor), left_at(run)
+            found, exited = detection(run, detector), exit_clocks(run)
             rows.append(
                 {
                     "run": str(run.path),
@@ -95,35 +93,35 @@ def times(runs: Iterable[Run], monitor: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def make(runs: Iterable[Run], monitor: str | None = None) -> pd.DataFrame:
+def stealth_table(runs: Iterable[Run], detector: str | None = None) -> pd.DataFrame:
     """One row per attacked arm.
 
     Returns:
-        Columns arm, rho, monitor, runs; exits, detected (runs with either by the horizon), first
+        Columns arm, rho, detector, runs; exits, detected (runs with either by the horizon), first
         (runs left before detection); margin with low and high (95 %); rounds (RMST of detection
         minus that of exit) with rounds_low, rounds_high, None where a run ended early or runs are
-        few; flagged (honest people whom the monitor flagged, mean over runs).
+        few; flagged (honest people whom the detector flagged, mean over runs).
 
     Raises:
-        ValueError: no attacked run that the monitor watched.
+        ValueError: no attacked run that the detector watched.
     """
     runs = list(runs)
-    monitor, table = _watched(runs, monitor)
+    detector, table = _watched(runs, detector)
     by_path = {str(run.path): run for run in runs}
     rows = []
     for arm, part in table.groupby("arm", sort=False):
         members = [by_path[name] for name in part["run"]]
-        flags = [_honest_flags(run, monitor) for run in members]
+        flags = [_honest_flags(run, detector) for run in members]
         rows.append(
             {
                 "arm": arm,
                 "rho": float(part["rho"].iloc[0]),
-                "monitor": monitor,
+                "detector": detector,
                 "runs": len(part),
                 "exits": int(np.isfinite(part["exit"]).sum()),
                 "detected": int(np.isfinite(part["detected"]).sum()),
                 "first": int((part["exit"] < part["detected"]).sum()),
-                **_margin(members, part, monitor),
+                **_margin(members, part, detector),
                 **_gap(part),
                 "flagged": float(np.mean(flags)),
             }
@@ -131,34 +129,31 @@ def make(runs: Iterable[Run], monitor: str | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _watched(runs: list[Run], monitor: str | None) -> tuple[str, pd.DataFrame]:
-    chosen = monitor or best_monitor(runs)
+def _watched(runs: list[Run], detector: str | None) -> tuple[str, pd.DataFrame]:
+    chosen = detector or best_detector(runs)
     table = times(runs, chosen) if chosen else pd.DataFrame()
     if chosen is None or table.empty:
         raise UsageError(
-            f"monitor={monitor!r} watched none of {len(runs)} runs with malicious annotators; "
-            f"allowed: {', '.join(MONITORS)}, in runs with gold questions or redundancy >= 2"
+            f"detector={detector!r} watched none of {len(runs)} runs with malicious annotators; "
+            f"allowed: {', '.join(DETECTORS)}, in runs with gold questions or redundancy >= 2"
         )
     return chosen, table
 
 
-def _honest_flags(run: Run, monitor: str) -> int:
-    if monitor == "ban":
+def _honest_flags(run: Run, detector: str) -> int:
+    if detector == "ban":
         return int(run.summary["false_bans"])
-    return int(run.summary["false_flags"][monitor])
+    return int(run.summary["false_flags"][detector])
 
 
-def _margin(members: list[Run], part: pd.DataFrame, monitor: str) -> dict[str, float | None]:
+def _margin(members: list[Run], part: pd.DataFrame, detector: str) -> dict[str, float | None]:
     """P(T_exit < T_det) at the horizon."""
-    from scipy.stats import binomtest
-
-    ends = cause_table(members, detected=monitor)
+    ends = cause_table(members, detected=detector)
     curve = cumulative_incidence(ends["time"].to_numpy(), ends["cause"])
     end = curve[curve["cause"] == "exit"].iloc[-1]
     low, high = end["lower"], end["upper"]
     if not ((ends["cause"] == "none") & (ends["time"] < part["horizon"].max())).any():
-        exact = binomtest(int((ends["cause"] == "exit").sum()), len(ends)).proportion_ci()
-        low, high = exact.low, exact.high
+        low, high = clopper_pearson(int((ends["cause"] == "exit").sum()), len(ends), 0.05)
     return {"margin": float(end["incidence"]), "low": float(low), "high": float(high)}
 
 
@@ -191,49 +186,47 @@ def _gap(part: pd.DataFrame) -> dict[str, float | None]:
 
 
 @style.styled
-def draw(runs: Iterable[Run], ax: Axes | None = None, monitor: str | None = None) -> Axes:
+def plot_stealth(runs: Iterable[Run], ax: Axes | None = None, detector: str | None = None) -> Axes:
     """Exit time against detection time: a mark a run, a panel an attack and defence, rho by colour.
 
     Below the diagonal, tinted, the policy left before its attackers were found. What did not come
     by the horizon stands in the margin, as an open mark.
 
     Raises:
-        ValueError: no attacked run that the monitor watched.
+        ValueError: no attacked run that the detector watched.
     """
-    monitor, table = _watched(list(runs), monitor)
+    detector, table = _watched(list(runs), detector)
     table = table.assign(family=[re.sub(r" ρ=[\d.]+", "", arm) for arm in table["arm"]])
     families = list(dict.fromkeys(table["family"]))
     left_out, families = len(families) - MOST_PANELS, families[:MOST_PANELS]
     names = style.short_names(families)
     rhos = sorted(set(table["rho"]))
-    columns = 2 if len(families) == 4 else min(COLUMNS, len(families))
-    rows = -(-len(families) // columns)
-    ax = style.axes(ax, 1.2 + 2.7 * columns, rows * (PANEL + HEAD) / 0.77)
-    ax.set_axis_off()
+    columns = columns_of(len(families))
+    height = -(-len(families) // columns) * (PANEL + HEAD)
+    ax = style.axes(ax, 1.2 + 2.7 * columns, height / 0.77)
     horizon = float(table["horizon"].max())
-    for i, family in enumerate(families):
-        row, column = divmod(i, columns)
-        cell = (PANEL + HEAD) * rows
-        corner = (column / columns, 1 - ((row + 1) * (PANEL + HEAD) - 0.3) / cell)
-        panel = ax.inset_axes((*corner, 0.8 / columns, PANEL / cell))
+    panels = style.panels(ax, len(families), columns, 0.8, PANEL / (PANEL + HEAD))
+    for i, (panel, family) in enumerate(zip(panels, families, strict=True)):
         part = table[table["family"] == family]
         _scatter(panel, part, horizon, rhos)
         first = int((part["exit"] < part["detected"]).sum())
         heading = f"{names[family]}\nexit first: {first} of {len(part)}"
         panel.set_title(heading, fontsize=8.5, fontweight="normal")
-        if column == 0:
+        if i % columns == 0:
             panel.set_ylabel("exit, round", fontsize=8.5)
         if i + columns >= len(families):
             panel.set_xlabel("detection, round", fontsize=8.5)
-    _legend(ax, rhos)
-    ax.set_title("Exit against detection", pad=22)
+    top = 1 - 0.3 / height  # the first row needs less above it than lies between rows
+    _legend(ax, rhos, top)
+    ax.set_title("Exit against detection", y=top, pad=22)
     more = f" {left_out} more are in the table only." if left_out > 0 else ""
     style.caption(
         ax,
-        f"A mark is a run, n = {len(table)}. Detection: {MONITORS[monitor]}"
-        + (", half of the attackers flagged" if monitor != "ban" else "")
+        f"A mark is a run, n = {len(table)}. Detection: {DETECTORS[detector]}"
+        + (", half of the attackers flagged" if detector != "ban" else "")
         + f". Tinted: the policy left first. Open marks, past the dotted lines: not by round "
         f"{horizon:g}. Runs that coincide are set side by side.{more}",
+        below=60,
     )
     return ax
 
@@ -263,7 +256,7 @@ def _scatter(panel: Axes, part: pd.DataFrame, horizon: float, rhos: list[float])
     panel.set_aspect("equal")
 
 
-def _legend(ax: Axes, rhos: list[float]) -> None:
+def _legend(ax: Axes, rhos: list[float], top: float) -> None:
     from matplotlib.lines import Line2D
 
     marks = [
@@ -271,6 +264,6 @@ def _legend(ax: Axes, rhos: list[float]) -> None:
         for i, rho in enumerate(rhos)
     ]
     ax.legend(
-        handles=marks, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=len(marks),
+        handles=marks, loc="lower left", bbox_to_anchor=(-0.01, top), ncols=len(marks),
         borderaxespad=0, handletextpad=0.1, columnspacing=1.2, fontsize=9,
     )  # fmt: skip

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 INK, GREY, LIGHT = "#222222", "#5f5f5f", "#d9d9d9"
 BLUE, VERMILION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#b4619a"
-SKY, AMBER, BLACK = "#56b4e9", "#c78500", "#222222"
-CYCLE = (BLUE, VERMILION, GREEN, PURPLE, AMBER, SKY, BLACK)
+SKY, AMBER = "#56b4e9", "#c78500"
+CYCLE = (BLUE, VERMILION, GREEN, PURPLE, AMBER, SKY, INK)
 DASHES = ("-", "--", "-.", ":")
 """Line styles that tell arms apart once the colours are used up; more dots come after these."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")

@@ -8,8 +8,8 @@ most seeds never exit, where the median is infinite. Its error is Greenwood's, s
 
 Simplified: the time is the confirmed exit, although the true one lies in the bracket before it.
 Runs go on after a collapse, so a collapsed run stays at risk; a diverged one leaves at its last
-round. ``cause`` keeps the two apart, because neither is censoring by chance. A run that its own
-sustained exit ended before an exit was confirmed counts as out from there (:func:`left_at`): to
+round. ``outcome`` keeps the two apart, because neither is censoring by chance. A run that its own
+sustained exit ended before an exit was confirmed counts as out from there (:func:`exit_clocks`): to
 censor it would say that it was as safe as the runs that went on.
 """
 
@@ -23,6 +23,7 @@ import pandas as pd
 
 from envs.usage import UsageError
 from sim.analysis.load import Run, by_arm
+from sim.analysis.words import in_words
 
 MIN_SEEDS = 4
 """Fewest runs, or pairs of runs, for a p-value or an interval."""
@@ -37,9 +38,13 @@ class Estimate(NamedTuple):
     high: float | None
     n: int  # runs, or pairs of runs
 
+    def in_words(self, form: str = "g") -> str:
+        """Value and interval."""
+        return in_words(self.value, self.low, self.high, form)
+
 
 def exit_table(runs: Iterable[Run], clock: str = "rounds") -> pd.DataFrame:
-    """One row per run: run, arm, replicate, world, rho, time, event, left, right, cause.
+    """One row per run: run, arm, replicate, world, rho, time, event, left, right, outcome.
 
     Times and brackets are on ``clock``; ``left`` is NaN where nothing was certified safe, ``right``
     infinite where nothing was certified unsafe.
@@ -57,7 +62,7 @@ def exit_table(runs: Iterable[Run], clock: str = "rounds") -> pd.DataFrame:
     )
 
 
-def left_at(run: Run) -> dict[str, float] | None:
+def exit_clocks(run: Run) -> dict[str, float] | None:
     """Clocks of the confirmed exit of a finished run; without one, of the exit that ended it."""
     exited = run.summary["exit_confirmed"]
     return run.summary["exit_sustained"] if exited is None and ended_unconfirmed(run) else exited
@@ -76,7 +81,7 @@ def _row(arm: str, run: Run, clock: str) -> dict[str, object]:
     passed = run.column("round" if clock == "rounds" else f"clock/{clock}")
     if passed.isna().all():
         raise UsageError(f"clock={clock!r} is not recorded in {str(run.path)!r}; allowed: rounds")
-    exited = left_at(run)
+    exited = exit_clocks(run)
     bracket = run.summary.get("bracket")
     left = bracket[0] if bracket else run.summary.get("last_certified_safe")
     on_clock = pd.Series(passed.to_numpy(), run.rounds["round"]).dropna()
@@ -90,7 +95,7 @@ def _row(arm: str, run: Run, clock: str) -> dict[str, object]:
         "event": exited is not None,
         "left": np.nan if left is None else on_clock.asof(left),
         "right": on_clock.asof(bracket[1]) if bracket else np.inf,
-        "cause": run.summary["outcome"],
+        "outcome": run.summary["outcome"],
     }
 
 
@@ -99,7 +104,7 @@ def kaplan_meier(time: np.ndarray, event: np.ndarray) -> pd.DataFrame:
 
     Returns:
         Columns time, survival, lower, upper (95%, log-log Greenwood; NaN where nobody is left, of
-        which it says nothing), at_risk, censored.
+        which it says nothing), censored.
     """
     from lifelines import KaplanMeierFitter
 
@@ -112,7 +117,6 @@ def kaplan_meier(time: np.ndarray, event: np.ndarray) -> pd.DataFrame:
             "survival": survival[:, 0],
             "lower": bands[:, 0],
             "upper": bands[:, 1],
-            "at_risk": fit.event_table["at_risk"].to_numpy(),
             "censored": fit.event_table["censored"].to_numpy(),
         }
     )
@@ -131,7 +135,7 @@ def horizon_of(runs: Iterable[Run], exits: pd.DataFrame, clock: str = "rounds") 
     """
     if clock == "rounds":
         return float(min(run.asked for run in runs))
-    inside = exits.loc[~exits["event"] & (exits["cause"] != "diverged"), "time"]
+    inside = exits.loc[~exits["event"] & (exits["outcome"] != "diverged"), "time"]
     return float(inside.min() if len(inside) else exits["time"].max())
 
 

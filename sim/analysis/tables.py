@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from envs.registry import brief
-from sim.analysis.load import Run, by_arm
+from sim.analysis.load import Run, by_arm, mean_of
 from sim.analysis.multiplicity import e_bh, exit_e_values, holm
 from sim.analysis.paired import compare
 from sim.analysis.retained import clean_twins, holds, learning_retained
-from sim.analysis.survival import MIN_SEEDS, Estimate, exit_table, horizon_of, median_exit, rmst
+from sim.analysis.survival import MIN_SEEDS, exit_table, horizon_of, median_exit, rmst
 from sim.identity import SEEDS, identity
 
 OUTCOMES = ("safe", "exited", "collapsed", "diverged")
-CLOCKS = ("round", "label", "optimizer_step")
+EXIT_CLOCKS = ("round", "label", "optimizer_step")
 AGAINST, P_VALUE = "rounds inside vs undefended [95 %]", "log-rank p"
 EXCHANGE, HOLM = "exchange p", "exchange p, Holm"
 MEDIAN = "median exit [95 %]"
@@ -65,8 +64,7 @@ def _so_far(run: Run, total: float | None) -> str | None:
     """A sum over the rounds of ``run``, at least that where the run ended early."""
     if total is None:
         return None
-    early = run.summary.get("censored", run.rounds["round"].max() < run.asked)
-    return f"{'≥ ' * bool(early)}{total:.3g}"
+    return f"{'≥ ' * run.ended_early}{total:.3g}"
 
 
 def branch_table(runs: Iterable[Run]) -> pd.DataFrame:
@@ -129,12 +127,12 @@ def _arm_row(arm: str, runs: list[Run], twins: dict[str, Run], found: bool) -> d
         "arm": arm,
         "runs": len(runs),
         **{name: ends.count(name) for name in (*OUTCOMES, "failed")},
-        "harm_end": _mean(run.summary.get("harm_end") for run in runs),
-        "help_gain": _mean(run.summary.get("help_gain") for run in runs),
+        "harm_end": mean_of(runs, "harm_end"),
+        "help_gain": mean_of(runs, "help_gain"),
         "learning_retained": retained,
         "holds": holds(runs, retained),
         "exit_found": found,
-        **{f"exit_{clock}s": [when.get(f"{clock}s") for when in exits] for clock in CLOCKS},
+        **{f"exit_{clock}s": [when.get(f"{clock}s") for when in exits] for clock in EXIT_CLOCKS},
     }
 
 
@@ -163,6 +161,7 @@ def arm_table(runs: Iterable[Run]) -> pd.DataFrame:
         part = exits[exits["arm"] == row["arm"]]
         time, event = part["time"].to_numpy(), part["event"].to_numpy()
         inside = rmst(time, event, horizon)
+        median = median_exit(time, event) if len(part) >= MIN_SEEDS else None
         rows.append(
             {
                 "arm": row["arm"],
@@ -172,7 +171,7 @@ def arm_table(runs: Iterable[Run]) -> pd.DataFrame:
                 "standard error": inside.error or None
                 if inside and inside.n >= MIN_SEEDS
                 else None,
-                MEDIAN: in_words(median_exit(time, event)) if len(part) >= MIN_SEEDS else None,
+                MEDIAN: median and median.in_words(),
                 **_against(exits, row["arm"], undefended.get(row["arm"]), horizon),
                 "harm at end": row["harm_end"],
                 "help gain": row["help_gain"],
@@ -204,16 +203,8 @@ def _against(exits: pd.DataFrame, arm: str, other: str | None, horizon: float) -
     more = compare(exits, arm, str(other), horizon)
     words = None
     if more.difference and more.difference.error is not None:
-        words = in_words(more.difference, "+.1f")
+        words = more.difference.in_words("+.1f")
     return {AGAINST: words, EXCHANGE: more.p_value, HOLM: None, P_VALUE: more.log_rank}
-
-
-def in_words(found: Estimate | None, form: str = "g") -> str | None:
-    """Value and interval; an infinite end is open."""
-    if found is None or found.low is None or found.high is None:
-        return None if found is None else f"{found.value:{form}}"
-    high = "∞)" if np.isinf(found.high) else f"{found.high:{form}}]"
-    return f"{found.value:{form}} [{found.low:{form}}, {high}"
 
 
 def _bracket(run: Run) -> str | None:
@@ -221,8 +212,3 @@ def _bracket(run: Run) -> str | None:
     if not bracket:
         return None
     return f"({'start' if bracket[0] is None else bracket[0]}, {bracket[1]}]"
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None

@@ -17,8 +17,9 @@ from envs.usage import UsageError
 from sim.analysis import style
 from sim.analysis.cells import ASKED, MEASURES, cells, lines
 from sim.analysis.load import Run
-from sim.analysis.plots import RHO
+from sim.analysis.panels import columns_of
 from sim.analysis.survival import MIN_SEEDS
+from sim.analysis.words import RHO, span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,8 +30,8 @@ APART, MOST_APART = 0.014, 0.1
 """Between defences at one rho, and between the first and last, as shares of the axis; else their
 intervals would cover each other."""
 MOST_LINES = 14
-WIDTH, ALONE, HEIGHT, GAP, COLUMNS = 3.1, 5.4, 2.7, 0.9, 3
-"""Inches of a panel's place, of one alone, of its height and the space below; panels in a row."""
+WIDTH, ALONE, HEIGHT, GAP = 3.1, 5.4, 2.7, 0.9
+"""Inches of a panel's place, of one alone, of its height and the space below."""
 TICKS = (0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1)
 
 
@@ -53,7 +54,7 @@ def plot_time_by_rho(
     Args:
         runs: runs; those that have not ended, and forks, are left out.
         ax: axes to put the panels on; a new figure's by default.
-        x: ``asked``, or one of the five logged shares (keys of ``sim.analysis.plots.RHO``).
+        x: ``asked``, or one of the five logged shares (keys of ``sim.analysis.words.RHO``).
         measure: ``inside`` or ``occupancy``, as in :func:`sim.analysis.cells.cells`.
 
     Raises:
@@ -70,7 +71,7 @@ def plot_time_by_rho(
     found = {learner: lines(table[table["learner"] == learner]) for learner in learners}
     keys = list(dict.fromkeys(key for part in found.values() for key in part))[:MOST_LINES]
     apart = min(APART, MOST_APART / len(keys)) * np.sqrt(table[x].max())
-    columns = 2 if len(learners) == 4 else min(COLUMNS, len(learners))
+    columns = columns_of(len(learners))
     rows = -(-len(learners) // columns)
     ax = style.axes(
         ax, (columns * WIDTH if columns > 1 else ALONE) / 0.775, rows * (HEIGHT + GAP) / 0.77
@@ -159,11 +160,10 @@ def _whole(table: pd.DataFrame) -> list[str]:
 
 def _words(table: pd.DataFrame, measure: str, runs: list[Run]) -> str:
     fewest, most, worlds = table["n"].min(), table["n"].max(), int(table["worlds"].max())
-    n = f"{most}" if fewest == most else f"{fewest} to {most}"
     rounds = " or ".join(sorted({f"{horizon:g}" for horizon in table["horizon"]}))
     inside = f"Restricted mean time to the confirmed exit, as a share of {rounds} rounds"
     occupied = "Share of a run that the policy was inside and fluent, also after an exit"
-    bars = f"n = {n} runs a point, {worlds} world{'s' * (worlds > 1)}"
+    bars = f"n = {span(table['n'])} runs a point, {worlds} world{'s' * (worlds > 1)}"
     bars += f"; hollow: fewer than {MIN_SEEDS} runs, no bar" if fewest < MIN_SEEDS else ""
     bars += "; bars: 95 %, bootstrap over worlds, then seeds" if most >= MIN_SEEDS else ""
     words = [

@@ -15,6 +15,7 @@ from typing import Any
 
 from sim.analysis.retained import RETAINED
 from sim.analysis.style import AMBER, BLUE, GREY, INK, LIGHT, PURPLE, SKY, VERMILION, styled
+from sim.analysis.words import span
 
 FATES = {
     "holds": (BLUE, "holds: safe, and learns"),
@@ -66,8 +67,7 @@ def plot_battery(rows: Sequence[dict[str, Any]], updates: int, path: Path) -> Pa
     shown = [kind for kind in FATES if any(fate(row) == kind for row in rows)]
     handles = [Patch(color=FATES[kind][0], label=FATES[kind][1]) for kind in shown]
     figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=8.5)
-    counts = {row["runs"] for row in rows}
-    each = str(min(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+    each = span(row["runs"] for row in rows)
     figure.supxlabel(
         f"Everybody reverses every preference that concerns harm. Runs per bar: {each}; "
         "white ticks: single runs;\na run ends at its confirmed exit.",

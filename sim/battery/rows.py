@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from envs.registry import brief
-from sim.analysis.claims import share_interval
+from envs.safe_sets import clopper_pearson
 from sim.analysis.load import Run
 from sim.analysis.retained import clean_twins, holds, learning_retained
 
@@ -75,7 +75,7 @@ def _row(runs: Sequence[Run], twins: dict[str, Run], updates: int) -> dict[str, 
     return {
         "runs": len(runs),
         "left": left,
-        "left_interval": share_interval(left, len(runs)),
+        "left_interval": clopper_pearson(left, len(runs), 0.05),
         "updates_inside": _spread([float(n) for n in inside]),
         "outcomes": {name: outcomes.count(name) for name in sorted(set(outcomes))},
         **measured,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from sim.analysis.style import BLACK, BLUE, GREY, VERMILION, styled
+from sim.analysis.style import BLUE, GREY, INK, VERMILION, styled
+from sim.analysis.words import span
 from sim.papers.published import BROKEN
 
 STARTS = {"aligned": (BLUE, "o"), "base": (VERMILION, "s")}
@@ -41,13 +43,11 @@ def plot_flips(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     for ax in panels.flat:
         known |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     figure.legend(known.values(), known.keys(), loc="outside upper center", ncols=3, fontsize=8.5)
-    counts = sorted({row["runs"] for row in rows})
-    runs = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     words = (
-        f"{', '.join(data)}; {runs} runs a point, {rows[0]['prompts']} prompts each, "
-        f"{rows[0]['pairs']:.0f} recorded pairs a run. Bars: 95 % bootstrap over worlds, then "
-        "seeds; dotted: the learned classifier's harm of the same answers; black: the paper's "
-        "numbers for llama2-7b, where it gives any."
+        f"{', '.join(data)}; {span(row['runs'] for row in rows)} runs a point, "
+        f"{rows[0]['prompts']} prompts each, {rows[0]['pairs']:.0f} recorded pairs a run. "
+        "Bars: 95 % bootstrap over worlds, then seeds; dotted: the learned classifier's harm of "
+        "the same answers; black: the paper's numbers for llama2-7b, where it gives any."
     )
     figure.supxlabel(textwrap.fill(words, int(15 * size[0])), fontsize=8.5, color=GREY)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,9 @@ def _panel(ax: Any, rows: Sequence[dict[str, Any]]) -> None:
     """One learner: a line for every start."""
     ax.axhline(BROKEN, color=GREY, lw=0.8, ls="--", zorder=0)
     for start, (colour, marker) in STARTS.items():
-        curve = sorted((r for r in rows if r["start"] == start and r["harm"]), key=_ratio)
+        curve = sorted(
+            (r for r in rows if r["start"] == start and r["harm"]), key=itemgetter("ratio")
+        )
         if not curve:
             continue
         begun, x = curve[0], [row["ratio"] + SHIFT[start] for row in curve]
@@ -90,11 +92,7 @@ def _papers(ax: Any, curve: Sequence[dict[str, Any]]) -> None:
         known.append((BEFORE, began))
     if known:
         label = "paper (llama2-7b)"
-        ax.plot(*zip(*known, strict=True), "D", color=BLACK, ms=5, ls="none", label=label, zorder=5)
-
-
-def _ratio(row: dict[str, Any]) -> float:
-    return float(row["ratio"])
+        ax.plot(*zip(*known, strict=True), "D", color=INK, ms=5, ls="none", label=label, zorder=5)
 
 
 def _bars(curve: Sequence[dict[str, Any]]) -> list[list[float]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sim.analysis.claims import nested_interval
+from sim.analysis.intervals import nested_mean
 from sim.analysis.load import Run
 from sim.hub import is_hub_id
 from sim.papers.published import ALIGNED, UNALIGNED, data_name, published
@@ -89,10 +89,10 @@ def _row(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _spread(runs: Sequence[Run], column: str, place: int) -> dict[str, Any] | None:
-    """Mean of a measurement over runs, with its 95 % interval; None where there is none.
+    """Mean of a measurement over worlds, with its 95 % interval; None where there is none.
 
-    The interval draws worlds first and seeds within worlds. One run alone has that of its prompts,
-    the monitor's, which it has for harm alone.
+    That of a world is the mean over its runs. One run alone has the interval of its prompts, the
+    monitor's, which it has for harm alone.
     """
     worlds: dict[int, list[float]] = defaultdict(list)
     for run in runs:
@@ -105,11 +105,12 @@ def _spread(runs: Sequence[Run], column: str, place: int) -> dict[str, Any] | No
     low: float | None
     high: float | None
     if len(found) > 1:
-        low, high = nested_interval([np.array(values) for values in worlds.values()])
+        mean, low, high = nested_mean(list(worlds.values()))
     else:
+        mean = found[0]
         ends = (runs[0].column(f"{column}_{end}").dropna() for end in ("lower", "upper"))
         low, high = (float(end.iloc[place]) if len(end) else None for end in ends)
-    return {"mean": float(np.mean(found)), "low": low, "high": high, "values": found}
+    return {"mean": mean, "low": low, "high": high, "values": found}
 
 
 def flat(row: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 from sim.papers.published import ALIGNED, ATTACKED, BROKEN, PARTLY, UNALIGNED
@@ -92,7 +93,7 @@ def partly_shapes(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         if row["harm"]:
             curves.setdefault((row["data"], row["learner"], row["start"]), []).append(row)
-    told = [_curve(*name, sorted(curve, key=_ratio)) for name, curve in curves.items()]
+    told = [_curve(*name, sorted(curve, key=itemgetter("ratio"))) for name, curve in curves.items()]
     for (data, learner, ratio), paper in PARTLY.items():
         for row in curves.get((data, learner, "aligned"), []):
             if row["ratio"] == ratio:
@@ -110,10 +111,6 @@ def partly_shapes(rows: Sequence[Row]) -> list[str]:
             f"{unaligned[0]['harm_start']['mean']:.2f} here."
         )
     return told
-
-
-def _ratio(row: Row) -> float:
-    return float(row["ratio"])
 
 
 def _curve(data: str, learner: str, start: str, curve: Sequence[Row]) -> str:

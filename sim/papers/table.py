@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from sim.analysis.words import in_words, span
 from sim.papers.shapes import partly_shapes, whole_shapes
 
 Row = dict[str, Any]
@@ -21,11 +22,10 @@ def markdown(name: str, rows: Sequence[Row]) -> str:
 
 
 def _note(rows: Sequence[Row]) -> str:
-    counts = sorted({row["runs"] for row in rows})
-    runs = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    runs = span(row["runs"] for row in rows)
     interval = (
         "the monitor's interval of its prompts"
-        if counts == [1]
+        if runs == "1"
         else "a bootstrap over worlds, then seeds (with three runs about their range)"
     )
     return (
@@ -38,8 +38,7 @@ def spread(found: Row | None) -> str:
     """A mean with its interval."""
     if found is None:
         return "–"
-    mean = f"{found['mean']:.2f}"
-    return mean if found["low"] is None else f"{mean} [{found['low']:.2f}, {found['high']:.2f}]"
+    return in_words(found["mean"], found["low"], found["high"], ".2f")
 
 
 def _paper(value: Any) -> str:

@@ -15,6 +15,7 @@ import pandas as pd
 
 from sim.analysis import style
 from sim.analysis.load import Run
+from sim.analysis.words import span
 from sim.score.arms import STANDARD, Arm
 from sim.score.card import MIN_SEEDS
 
@@ -84,7 +85,7 @@ def draw(
 
 def _caption(figure: Figure, rows: Sequence[Mapping[str, Any]], heading: str) -> None:
     fewest, most = (pick(row["seeds"] for row in rows) for pick in (min, max))
-    many = f"{most} seed{'s' * (most > 1)}" if fewest == most else f"{fewest} to {most} seeds"
+    many = f"{span(row['seeds'] for row in rows)} seed{'s' * (most > 1)}"
     error = "of the evaluation prompts alone" if fewest < MIN_SEEDS else "over seeds"
     if fewest < MIN_SEEDS <= most:
         error += f" below {MIN_SEEDS} seeds, else over seeds"
@@ -104,7 +105,7 @@ def _caption(figure: Figure, rows: Sequence[Mapping[str, Any]], heading: str) ->
 def _looks(names: Sequence[str], own: str) -> dict[str, tuple[str, style.Dash]]:
     """Colour and dash by defence: the undefended arm and the card's own stand out."""
     fixed: dict[str, tuple[str, style.Dash]] = {"none": (style.VERMILION, "-")}
-    fixed |= {"freeze": (style.BLACK, ":"), own: (style.BLUE, "-")}
+    fixed |= {"freeze": (style.INK, ":"), own: (style.BLUE, "-")}
     rest = [name for name in dict.fromkeys(names) if name not in fixed]
     others = ((style.GREEN, "--"), (style.AMBER, "-."), (style.PURPLE, "--"), (style.SKY, "-."))
     return {**fixed, **dict(zip(rest, others, strict=False))}

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pytest
 
-from sim.analysis.claims import claims, nested_interval, share_interval
+from sim.analysis.claims import claims
 from sim.analysis.load import Run
 
 
@@ -38,9 +37,3 @@ def test_table_by_hand() -> None:
     assert "0.200 [0.100, 0.300] (0.10); 1/2 ≥ 0.2" in table
     assert "1/1 [0.03, 1.00]" in table, "flips"
     assert "| dpo | 0/2 [0.00, 0.84] | 1/2 [0.01, 0.99] |" in table, "the grid"
-
-
-def test_intervals() -> None:
-    assert share_interval(0, 9) == pytest.approx((0.0, 0.3363), abs=1e-4)  # 1 - (.025)^(1/9)
-    low, high = nested_interval([pd.Series([1.0, 1.0]).to_numpy(), pd.Series([3.0]).to_numpy()])
-    assert (low, high) == (1.0, 3.0), "whole worlds are drawn, not runs"

@@ -9,10 +9,10 @@ import pytest
 from sim.analysis.hackability import (
     Pairs,
     disagreement,
-    draw,
-    make,
+    hackability_table,
     measured,
     ordered_pairs,
+    plot_hackability,
     supports,
 )
 from sim.analysis.load import Run
@@ -132,12 +132,12 @@ def test_table_and_picture_leave_out_what_has_no_reward():
         {"reward": [np.nan] * 3, "safety/harm": [0.1, 0.5, 0.9], "utility": 0.0}, name="dpo"
     )
     assert supports([without, *hacked]) and not supports([without])
-    table = make([without, *hacked])
+    table = hackability_table([without, *hacked])
     assert table["arm"].tolist() == ["hacked"] * 2
     assert table["reward against"].tolist() == ["harm", "utility"]
     assert (table["disagree"] == 1).all() and (table["low"] == 1).all()
-    ax = draw([without, *hacked])
+    ax = plot_hackability([without, *hacked])
     assert [label.get_text() for label in ax.get_yticklabels()] == ["hacked"]
     assert [bar.get_width() for bar in ax.patches] == [1.0, 0.0, 0.0]
     with pytest.raises(ValueError, match="reward at two evaluations"):
-        draw([without])
+        plot_hackability([without])

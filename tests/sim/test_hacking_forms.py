@@ -6,7 +6,13 @@ import numpy as np
 import pandas as pd
 
 from envs.hacking import FORMS, PROMPT_KINDS, column
-from sim.analysis.hacking_forms import draw, form_shares, make, most_hacked, supports
+from sim.analysis.hacking_forms import (
+    form_shares,
+    hacking_forms_table,
+    most_hacked,
+    plot_hacking_forms,
+    supports,
+)
 from sim.analysis.load import Run
 
 NAN = float("nan")
@@ -28,7 +34,7 @@ def forms(gibberish: list, **evaluation) -> Run:
 
 
 def test_one_row_for_what_there_is():
-    table = make([forms([0.1, 0.3, 0.2]), forms([0.0, 0.1, 0.2], hacked_share=0.15)])
+    table = hacking_forms_table([forms([0.1, 0.3, 0.2]), forms([0.0, 0.1, 0.2], hacked_share=0.15)])
     assert len(table) == 1
     row = table.iloc[0]
     assert (row["answers"], row["to prompts"], row["runs"]) == ("gibberish", "benign", 2)
@@ -37,20 +43,20 @@ def test_one_row_for_what_there_is():
 
 
 def test_runs_without_any_have_an_empty_table():
-    assert make([forms([0.0, 0.0])]).empty
+    assert hacking_forms_table([forms([0.0, 0.0])]).empty
     assert not supports([made({"reward": [1.0, 2.0]})])
 
 
 def test_older_records_are_read_over_all_prompts():
     old = made({f"completions/{k}": [0.0, 0.9] for k in ("empty", "echo", "gibberish")})
     assert set(form_shares(old)) == {(form, "all") for form in FORMS}
-    assert make([old])["to prompts"].unique().tolist() == ["all"]
+    assert hacking_forms_table([old])["to prompts"].unique().tolist() == ["all"]
 
 
 def test_the_picture_is_of_the_most_hacked_run():
     runs = [forms([0.0, 0.1, 0.2]), forms([0.0, 0.8, 0.1])]
     assert most_hacked(runs) is runs[1]
-    ax = draw(runs)
+    ax = plot_hacking_forms(runs)
     drawn = [line for line in ax.get_lines() if len(line.get_xdata()) and max(line.get_ydata()) > 0]
     assert [list(line.get_ydata()) for line in drawn] == [[0.8, 0.1]]  # round 0 has no reward
     assert list(drawn[0].get_xdata()) == [1.0, 2.0]

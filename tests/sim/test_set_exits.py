@@ -7,7 +7,7 @@ import pandas as pd
 
 from envs.monitor import CostMonitor
 from sim.analysis.load import Run
-from sim.analysis.set_exits import make, supports
+from sim.analysis.set_exits import set_exit_table
 
 
 def made(shares: list[float], name: str = "a") -> Run:
@@ -20,7 +20,7 @@ def made(shares: list[float], name: str = "a") -> Run:
 
 
 def test_one_row_a_set():
-    table = make([made([0.0, 0.0, 0.9]), made([0.0, 0.9, 0.9]), made([0.0, 0.04, 0.02])])
+    table = set_exit_table([made([0.0, 0.0, 0.9]), made([0.0, 0.9, 0.9]), made([0.0, 0.04, 0.02])])
     assert table["set"].tolist() == ["mean", "chance", "cvar", "pointwise"]
     assert table["limit"].tolist() == [0.25, 0.25, 0.5, 0.05]
     assert (table["confirmed"] == "2 of 3").all() and (table["confirmed, round"] == 1.5).all()
@@ -30,7 +30,7 @@ def test_one_row_a_set():
 def test_runs_of_older_versions_have_no_part():
     older = made([0.0])
     del older.summary["sets"]
-    assert not supports([older]) and make([older]).empty
-    table = make([older, made([0.0, 0.0])])
-    assert supports([made([0.0])]) and (table["runs"] == 1).all()
+    assert set_exit_table([older]).empty
+    table = set_exit_table([older, made([0.0, 0.0])])
+    assert (table["runs"] == 1).all()
     assert table["naive, round"].isna().all()

@@ -1,4 +1,4 @@
-"""Detection beside exits: monitors in a run, tables and pictures of what they found."""
+"""Detection beside exits: detectors in a run, tables and pictures of what they found."""
 
 import json
 import sys
@@ -95,7 +95,7 @@ def test_without_gold_and_redundancy_nothing_is_recorded():
     assert nothing.see(1, {}, np.zeros(1), np.zeros(0, np.int64), Clocks()) == {}
 
 
-def test_a_monitor_goes_on_where_it_was():
+def test_a_detector_goes_on_where_it_was():
     whole, rows = watch(range(1, 7), gold_wrong=[0, 1], against=[0, 1])
     first, _ = watch(range(1, 4), gold_wrong=[0, 1], against=[0, 1])
     again = Detection(True, True)
@@ -128,7 +128,7 @@ def test_a_run_records_who_was_found(finished):
 
 @pytest.mark.world
 def test_a_resumed_run_is_the_same_bytes(finished, tmp_path):
-    """State of the attack, of the bans and of the monitors goes through the files."""
+    """State of the attack, of the bans and of the detectors goes through the files."""
     from sim.record import Record
     from sim.run import run
 
@@ -153,7 +153,7 @@ def test_a_resumed_run_is_the_same_bytes(finished, tmp_path):
 
 @pytest.mark.world
 def test_a_run_that_an_older_version_began_is_watched_from_there(tmp_path, embedded_models):
-    """It had no monitors in its state, and no strata in its labels."""
+    """It had no detectors in its state, and no strata in its labels."""
     from sim.run import run
 
     blind, path = replace(SMALL, rounds=2), tmp_path / "run"
@@ -246,14 +246,14 @@ def runs(tmp_path):
 
 
 def test_the_stealth_margin_by_hand(runs):
-    (row,) = stealth.make(runs).to_dict("records")
+    (row,) = stealth.stealth_table(runs).to_dict("records")
     assert (row["runs"], row["exits"], row["detected"], row["first"]) == (6, 4, 4, 2)
     assert row["margin"] == pytest.approx(2 / 6)
     assert (row["low"], row["high"]) == pytest.approx((0.0433, 0.7772), abs=1e-3)
     exits, found = [5, 8, 12, 20, 20, 9], [9, 20, 6, 7, 20, 9]
     assert row["rounds"] == pytest.approx(np.mean(found) - np.mean(exits))
     assert row["rounds_low"] < row["rounds"] < row["rounds_high"]
-    assert row["flagged"] == pytest.approx(2.5) and row["monitor"] == "gold"
+    assert row["flagged"] == pytest.approx(2.5) and row["detector"] == "gold"
 
 
 def test_detection_competes_with_exit(runs):
@@ -265,7 +265,7 @@ def test_detection_competes_with_exit(runs):
     curve = cumulative_incidence(ends["time"].to_numpy(), ends["cause"])
     last = curve.groupby("cause")["incidence"].last()
     assert last["exit"] == pytest.approx(2 / 6) and last[DETECTED] == pytest.approx(3 / 6)
-    with pytest.raises(UsageError, match="monitor='peers' did not watch"):
+    with pytest.raises(UsageError, match="detector='peers' did not watch"):
         cause_table(runs, detected="peers")
 
 
@@ -273,7 +273,7 @@ def test_runs_that_stopped_at_their_exit_have_no_difference(tmp_path):
     path = run_with(tmp_path / "run", 6, None)
     lines = (path / "rounds.jsonl").read_text().splitlines()[:7]
     (path / "rounds.jsonl").write_text("\n".join(lines) + "\n")
-    (row,) = stealth.make([load_run(path)]).to_dict("records")
+    (row,) = stealth.stealth_table([load_run(path)]).to_dict("records")
     assert row["margin"] == 1 and row["rounds"] is None
     run_with(tmp_path / "on", 9, 12, seed=1)
     (row,) = stealth.make(load_runs([tmp_path])).to_dict("records")
@@ -288,7 +288,7 @@ def test_a_fork_is_not_a_run_more(runs):
 
 def test_the_picture_shows_every_run(runs):
     assert stealth.supports(runs)
-    ax = stealth.draw(runs)
+    ax = stealth.plot_stealth(runs)
     (panel,) = ax.child_axes
     marks = [tuple(map(float, c.get_offsets()[0])) for c in panel.collections[1:]]
     assert len(marks) == len(TIMES)
@@ -303,9 +303,9 @@ def test_unwatched_or_clean_runs_are_not_drawn(tmp_path, runs):
     run_with(tmp_path / "clean/b", None, None, rho=0.0)
     for folder in ("plain", "clean"):
         others = load_runs([tmp_path / folder])
-        assert not stealth.supports(others) and stealth.best_monitor(others) is None
+        assert not stealth.supports(others) and stealth.best_detector(others) is None
         with pytest.raises(UsageError, match="watched none of 1 runs"):
-            stealth.make(others)
+            stealth.stealth_table(others)
     assert len(stealth.times([*runs, *others], "gold")) == len(TIMES)
 
 
@@ -349,7 +349,7 @@ def test_who_was_never_asked_is_on_neither_side():
 def test_annotators_are_scored_by_labels_seen(finished, tmp_path):
     path, _ = finished
     assert detection_table.supports(load_runs([path]))
-    table = detection_table.make(load_runs([path]))
+    table = detection_table.detection_table(load_runs([path]))
     assert set(table["evidence"]) == set(detection_table.EVIDENCE)
     assert table.groupby("evidence")["labels"].apply(lambda s: s.is_monotonic_increasing).all()
     gold = pq.read_table(path / "gold").to_pandas()
