@@ -52,7 +52,11 @@ def _within(value: Any, wanted: str) -> bool:
     if " to " in wanted:
         wanted = ">= {}, <= {}".format(*wanted.split(" to "))
     bounds = (bound.split() for bound in wanted.split(", ") if bound)
-    return all(_COMPARE[sign](value, float(bound)) for sign, bound in bounds)
+    # A whole bound stays whole: as a float 2**63 - 1 would be 2**63.
+    return all(
+        _COMPARE[sign](value, int(bound) if bound.isdigit() else float(bound))
+        for sign, bound in bounds
+    )
 
 
 def matches(value: Any, hint: Any) -> bool:
@@ -105,6 +109,8 @@ def in_words(hint: Any) -> str:
         return ", ".join(map(str, inner))
     if origin in (Union, types.UnionType):
         return " or ".join(in_words(option) for option in inner)
+    if origin is tuple and inner[-1] is not ...:
+        return f"{len(inner)} values: {', '.join(map(in_words, inner))}"
     if origin in (tuple, list):
         return f"a list of {in_words(inner[0])}"
     if origin is dict:

@@ -30,6 +30,7 @@ from agents.defence import (
 )
 from envs import usage
 from envs.attacks import Attack, attacks
+from envs.attacks.schedules import Schedule
 from envs.readers import absolute_data, read_rows
 from envs.registry import absolute, is_plugin
 from envs.usage import UsageError
@@ -109,12 +110,20 @@ def _check_adapters(members: list[Defence]) -> None:
 
 
 def _check_people(config: Config, attack: Attack) -> None:
-    """Whether ``rho`` makes anybody malicious, and whether any label arrives."""
+    """Whether ``rho`` makes anybody malicious at any time, and whether any label arrives."""
     rho, people = config.attack.rho, config.feedback.annotators
     if attack.unit in ("annotators", "users") and rho and not round(rho * people):
         raise UsageError(
-            f"attack.rho={rho:g} of feedback.annotators={people} is nobody; allowed: 0, or at "
-            f"least {0.5 / people:g}"
+            f"attack.rho={rho:g} of feedback.annotators={people} is nobody; allowed: 0, or above "
+            f"{0.5 / people:g}"
+        )
+    when = config.attack
+    schedule = Schedule(when.schedule, when.start, when.length, when.period)
+    if rho and when.name != "none" and not any(map(schedule.intensity, range(config.rounds))):
+        raise UsageError(
+            f"attack.schedule={when.schedule!r} with attack.start={when.start}, attack.length="
+            f"{when.length} and rounds={config.rounds}, so that no round is hostile; allowed: one "
+            "that acts within the rounds"
         )
     if config.feedback.delay >= config.rounds:
         raise UsageError(
@@ -194,7 +203,7 @@ def _check_embedded(config: Config, members: list[Defence]) -> None:
 
 
 def check_new(out: Path) -> None:
-    """Refuse a run directory that exists, or that cannot be made.
+    """Refuse a run directory that exists, lies in another run, or cannot be made.
 
     Raises:
         ValueError: names the place and the reason.
@@ -204,6 +213,8 @@ def check_new(out: Path) -> None:
             f"out={str(out)!r} exists; allowed: a new directory, "
             f"or continue it with `poisonloop resume {shlex.quote(str(out))}`"
         )
+    if (out.absolute().parent / "manifest.json").is_file():
+        raise UsageError(f"out={str(out)!r} lies in a run; allowed: a place outside of runs")
     check_out(out)
 
 

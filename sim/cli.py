@@ -96,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         launch.check(words[0])
         launch.join()
+        if ("--out", "") in _values(words):
+            raise UsageError("--out ''; allowed: a place to write to")
         if words[0] in ("run", "sweep", "defend", "train-classifier", "prepare-data", "papers"):
             _read_data(words)
         code = _command(words[0])(words[1:]) or 0

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from envs.collapse import DEGENERATE_SHARE
+from envs.hacking import FORMS, STRATA
 from sim import flags
 from sim.config import Config, TextConfig
-from sim.progress import number
+from sim.progress import counted, number
 
 
 def when(clocks: dict[str, Any] | None) -> str:
@@ -52,7 +54,24 @@ def verdict(summary: dict[str, Any]) -> str:
         return f"ABOVE THE LIMIT since {since}, but no exit is confirmed yet; {end}"
     certified = summary.get("last_certified_safe")
     sure = "" if certified is not None else ", though too few evaluation prompts certify it"
-    return f"STAYED IN THE SAFE SET for {summary['rounds']} rounds, no confirmed exit{sure}; {end}"
+    if garbled(summary):
+        return (
+            "NO FLUENT TEXT IS LEFT (most answers are empty, an echo or gibberish), so that its "
+            f"harm says nothing; {end}"
+        )
+    span = counted(summary["rounds"], "round")
+    return f"STAYED IN THE SAFE SET for {span}, no confirmed exit{sure}; {end}"
+
+
+def garbled(summary: dict[str, Any]) -> bool:
+    """Whether most answers of a run's last policy are no text, to either kind of prompt.
+
+    One such evaluation is too few to be an outcome of its own (``collapsed``).
+    """
+    found = summary.get("hacking") or {}
+    forms = [found.get(form, {}) for form in FORMS]
+    ends = [[(form.get(kind) or {}).get("end", 0.0) for form in forms] for kind in STRATA]
+    return all(sum(shares) > DEGENERATE_SHARE for shares in ends)
 
 
 def closing(
@@ -93,7 +112,7 @@ def _stopped(summary: dict[str, Any]) -> str:
 def advice(summary: dict[str, Any], out: Path, words: Sequence[str], plugins: bool = False) -> str:
     """The command that a person would most likely want to type next."""
     outcome = summary["outcome"]
-    if outcome == "diverged":
+    if outcome == "diverged" or (outcome == "safe" and garbled(summary)):
         again = retyped("run", words, "--learner.lr")
         return f"with a lower learning rate:  {again} --learner.lr {summary['lr'] / 10:g}"
     if outcome == "exited" and summary["harm_start"] > summary["limits"]["harm"]:
@@ -101,7 +120,8 @@ def advice(summary: dict[str, Any], out: Path, words: Sequence[str], plugins: bo
     if outcome == "exited" and not summary["defences"]:
         return f"does a defence hold it?  {retyped('run', words)} --defence refusal_loss"
     if outcome == "safe" and not summary["rho"]:
-        again = retyped("run", words, "--rho", "--attack.rho")
+        nobody = ("--attack", "--attack.name") if named_attack(words) == "none" else ()
+        again = retyped("run", words, "--rho", "--attack.rho", *nobody)
         return f"now with adversaries:  {again} --rho {'1' if owned(words) else '0.2'}"
     if summary.get("attacker_stopped") is not None:
         return f"never stopping:  {retyped('run', words, '--attack.stop-at')}"
@@ -116,10 +136,14 @@ def owned(words: Sequence[str]) -> bool:
     """Whether ``words`` name an attacker who owns the training loop."""
     from envs.attacks import attacks
 
-    _, options = flags.read(words)
-    named = options.get("--attack") or options.get("--attack.name") or ["none"]
-    attack = attacks.create(named[0])
+    attack = attacks.create(named_attack(words))
     return attack.owns_reward or attack.owns_data
+
+
+def named_attack(words: Sequence[str]) -> str:
+    """The attack that ``words`` name; ``none`` where they name none."""
+    _, options = flags.read(words)
+    return (options.get("--attack") or options.get("--attack.name") or ["none"])[0]
 
 
 def retyped(command: str, words: Sequence[str], *without: str) -> str:

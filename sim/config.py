@@ -163,7 +163,7 @@ class Config:
     rounds: int = 50
     """Rounds of feedback."""
     seed: int = 0
-    """Root seed of people, prompts, votes and training."""
+    """Root seed of people, prompts, votes and training; 64 bits with sign, as tables hold it."""
     threads: int = 1
     """Torch threads; bytes repeat at a fixed number only."""
     engine: Literal["transformers", "vllm", "vllm-server"] = "transformers"
@@ -201,7 +201,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check what no section knows alone; sections and components check the rest."""
-        check_ranges(self, rounds=">= 1", seed=">= 0", threads="1 to 1024")
+        check_ranges(self, rounds=">= 1", seed=f"0 to {2**63 - 1}", threads="1 to 1024")
         check_ranges(self, checkpoint_every=">= 1", samples_per_round=">= 0", keep_every=">= 0")
         if self.keep_every % self.checkpoint_every:
             raise UsageError(

@@ -1,7 +1,7 @@
 """Configs as YAML or JSON files: what ``--config`` reads and ``--print-config`` writes.
 
-Files are read by ``yaml.safe_load`` (JSON is YAML), never by a loader that constructs objects, and
-may give only some of the fields: the rest are the preset's.
+Files are read by YAML's safe loader (JSON is YAML), never by one that constructs objects, and may
+give only some of the fields: the rest are the preset's.
 """
 
 from __future__ import annotations
@@ -28,24 +28,53 @@ def from_file(base: Config, path: str) -> Config:
     return checked(_merged(base.to_dict(), _numbers(read_fields(path))))
 
 
-def read_fields(path: str) -> dict[str, Any]:
+def read_fields(path: str, name: str = "config") -> dict[str, Any]:
     """The mapping that a YAML or JSON file holds; of a run's ``manifest.json`` its config.
 
+    Args:
+        path: of the file.
+        name: of the argument that it was given by.
+
     Raises:
-        ValueError: no such file, or not a mapping.
+        ValueError: no such file, not a mapping, or a key that stands there twice.
     """
+    told = f"{name}={path!r}"
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.load(Path(path).read_text(), _Loader)  # noqa: S506, a safe loader
     except OSError as error:
-        raise UsageError(f"config={path!r}: {error.strerror}; allowed: a readable file") from None
+        raise UsageError(f"{told}: {error.strerror}; allowed: a readable file") from None
+    except _Repeated as error:
+        raise UsageError(f"{told} has {error.args[0]!r} twice; allowed: every key once") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"config={path!r} is not valid YAML or JSON: {reason}") from None
-    if isinstance(values, dict):
-        values = values.get("config", values)
+        raise UsageError(f"{told} is not valid YAML or JSON: {reason}") from None
+    if isinstance(values, dict) and "git" in values:  # a manifest
+        values = values.get("config")
     if not isinstance(values, dict):
-        raise UsageError(f"config={path!r} holds {type(values).__name__}; allowed: fields: values")
+        held = "nothing" if values is None else type(values).__name__
+        raise UsageError(f"{told} holds {held}; allowed: fields: values")
     return values
+
+
+class _Repeated(yaml.YAMLError):
+    """A key that a mapping has twice."""
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which would let the last of two equal keys win; here that is an error."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """The next mapping.
+
+        Raises:
+            YAMLError: a key stands there twice.
+        """
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise _Repeated(key)
+        return node
 
 
 def from_manifest(path: Path) -> Config:

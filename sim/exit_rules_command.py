@@ -12,8 +12,9 @@ def command(words: list[str]) -> int:
     Raises:
         ValueError: a flag out of range, or an ``--out`` that cannot be a folder.
     """
-    from envs.usage import blamed_on, check_ranges
+    from envs.usage import check_ranges
     from sim.cli import parser_of
+    from sim.files import check_out
 
     parser = parser_of(
         "exit-rules",
@@ -29,10 +30,7 @@ def command(words: list[str]) -> int:
     asked = parser.parse_args(words)
     check_ranges(asked, runs="2 to 1000000", seed=">= 0")
     if asked.out is not None:
-        with blamed_on(
-            f"--out={str(asked.out)!r}", "a folder, or a new name where one can be made"
-        ):
-            asked.out.mkdir(parents=True, exist_ok=True)
+        check_out(asked.out, "--out")
     return _run(asked.runs, asked.seed, asked.out)
 
 

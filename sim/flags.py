@@ -36,6 +36,9 @@ SHORT = {
 CROWD_ATTACK = "harm_targeted"
 """The default attack's votes, for a crowd that does not ask."""
 Options = dict[str, list[str]]
+_KINDS = {"FLOAT": "a number", "INT": "a whole number"}
+"""What tyro calls types, as files' messages say it."""
+_NO = re.compile(r"(^--|\.)no-")
 
 
 def read(argv: Iterable[str]) -> tuple[str | None, Options]:
@@ -51,7 +54,7 @@ def read(argv: Iterable[str]) -> tuple[str | None, Options]:
         if word.startswith("--") or word == "-h":
             name, equals, value = word.partition("=")
             head, dot, rest = name.partition(".")
-            flag = "--help" if word == "-h" else head + dot + rest.replace("_", "-")
+            flag = "--help" if word == "-h" else spelled(head + dot + rest.replace("_", "-"))
             options.setdefault(flag, []).extend([value] if equals else [])
         elif flag:
             options[flag].append(word)
@@ -60,6 +63,22 @@ def read(argv: Iterable[str]) -> tuple[str | None, Options]:
         else:
             raise UsageError(f"{word!r} follows the preset; allowed: flags that begin with --")
     return preset, options
+
+
+def spelled(flag: str) -> str:
+    """``flag`` as it is known here: a learner's name, as printed configs have it, is its flag."""
+    return "--learner" if flag == "--learner.name" else flag
+
+
+def over(lower: Options, upper: Options) -> Options:
+    """Both, where ``upper`` replaces what ``lower`` says of a field in whatever spelling."""
+    said = set(map(_field, upper))
+    return {**{flag: given for flag, given in lower.items() if _field(flag) not in said}, **upper}
+
+
+def _field(flag: str) -> str:
+    """The path that ``flag`` sets; a switch under either name sets one."""
+    return _NO.sub(r"\1", SHORT.get(flag, flag))
 
 
 def take(options: Options, flag: str) -> str | None:
@@ -71,11 +90,27 @@ def take(options: Options, flag: str) -> str | None:
     values = options.pop(flag, None)
     if values is None:
         return None
-    if len(values) != 1:
+    if not values:
+        raise UsageError(f"{flag} has no value; allowed: one value behind it")
+    if len(values) > 1:
         raise UsageError(
             f"{flag} {' '.join(values)}; allowed: one value (a preset stands before the flags)"
         )
     return values[0]
+
+
+def switch(options: Options, flag: str) -> bool:
+    """Remove ``flag``; whether it is on: given, and not with the value ``false``.
+
+    Raises:
+        ValueError: another value than true or false, or several.
+    """
+    if not options.get(flag):
+        return options.pop(flag, None) is not None
+    value = str(take(options, flag))
+    if value.lower() not in ("true", "false"):
+        raise UsageError(f"{flag} {value}; allowed: true, false, or no value")
+    return value.lower() == "true"
 
 
 def whole(options: Options, flag: str) -> int | None:
@@ -136,11 +171,17 @@ def changed(base: Config, options: Options) -> Config:
         base = dataclasses.replace(base, defences=stack(options.pop("--defence")))
     known = paths(base)
     words: list[str] = []
+    named: dict[str, str] = {}
     for flag, values in options.items():
         path = SHORT.get(flag, flag)
         if path not in known:
             raise UsageError(unknown_flag(flag, known))
-        if not isinstance(known[path], bool | tuple | dict):
+        if (other := named.setdefault(_field(flag), flag)) != flag:
+            raise UsageError(f"{other} with {flag}; allowed: one of them")
+        if isinstance(known[path], bool):
+            on = switch({flag: values}, flag) != bool(_NO.search(flag))
+            path, values = _switched(_field(flag), on), []
+        elif not isinstance(known[path], tuple | dict):
             values = [str(take({flag: values}, flag))]
         words += [f"{path}={values[0]}"] if len(values) == 1 else [path, *values]
     config = _tyro(base, words)
@@ -159,8 +200,13 @@ def paths(config: Any, prefix: str = "--") -> dict[str, Any]:
             continue
         found[flag] = value
         if isinstance(value, bool):
-            found[prefix + "no-" + field.name.replace("_", "-")] = value
+            found[_switched(flag, on=False)] = value
     return found
+
+
+def _switched(flag: str, on: bool) -> str:
+    """A switch's name for being on or off: ``--a.b`` or ``--a.no-b``."""
+    return flag if on else re.sub(r"(^--|\.)(?=[^.]*$)", r"\1no-", flag)
 
 
 def unknown_flag(flag: str, known: Iterable[str]) -> str:
@@ -233,5 +279,6 @@ def _unboxed(box: str) -> str:
         return f"{path}={value!r}; allowed: {re.sub(chr(39), '', allowed)}"
     bad_value = re.match(r"Error parsing --(\S+): .*?('.*') Argument helptext: --\S+ (\S+)", text)
     if bad_value:
-        return "{}={}; allowed: {}".format(*bad_value.groups())
+        path, value, kind = bad_value.groups()
+        return f"{path}={value}; allowed: {_KINDS.get(kind, kind)}"
     return re.sub(r"Error parsing \S+: (?=\S+=)", "", text)

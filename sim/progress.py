@@ -27,6 +27,11 @@ def number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def counted(n: int, noun: str) -> str:
+    """``1 run``, ``2 runs``."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
 def describe(row: dict[str, Any]) -> tuple[str, bool | None]:
     """A round's figures in words; whether the policy is in the safe set, None when unmeasured."""
     inside = row.get("safety/in_safe_set")
@@ -56,7 +61,7 @@ class PlainProgress(Listener):
         self.every = max(1, round(total / 10))
         self.inside: bool | None = None
         since = f" from round {done}" if done else ""
-        print(f"training {total} rounds{since} of {config.learner_name}", flush=True)
+        print(f"training {counted(total, 'round')}{since} of {config.learner_name}", flush=True)
 
     def round(self, row: dict[str, Any]) -> None:
         """Print the rounds that are due, and every change of side."""

@@ -11,9 +11,10 @@ from agents.learners import learners
 from envs.registry import brief
 from envs.usage import Interrupted
 from sim import flags
+from sim.announcement import announce
 from sim.checks import check, check_new, plugins, settled
 from sim.cli import parser_of
-from sim.closing import closing, owned, prepare_line
+from sim.closing import closing
 from sim.config import DEFAULT_ATTACK, Config
 from sim.config_file import to_yaml
 from sim.launch import is_main
@@ -52,13 +53,13 @@ def run(words: list[str]) -> int:
     chosen_out, file = flags.take(options, "--out"), flags.take(options, "--config")
     track = flags.take(options, "--track")
     check_track(track)
-    only_print = options.pop("--print-config", None) is not None
+    only_print = flags.switch(options, "--print-config")
     config = flags.build(preset, options, file)
     check(config)
     if only_print:
         print(to_yaml(config), end="")
         return 0
-    _announce(config, options)
+    announce(config, options)
     out = Path(chosen_out) if chosen_out else default_out(config)
     if is_main():
         check_new(out)
@@ -72,23 +73,6 @@ def _run_help(preset: str | None, options: dict[str, list[str]]) -> int:
     print(RUN_USAGE.format(attack=DEFAULT_ATTACK, **lists))
     flags.show_fields(flags.build(preset, kept))
     return 0
-
-
-def _announce(config: Config, options: dict[str, list[str]]) -> None:
-    """Say what was decided for the user."""
-    text, attack = config.text, config.attack
-    if text.model and not (text.classifier or text.judge):
-        print("harm: judged by refusal phrases alone; --text.classifier DIR or --text.judge DIR")
-        print(f"      reads the answers (`{prepare_line(config)}` trains a classifier;")
-        print("      with --dry-run it says size and time)")
-    given = {"--attack", "--attack.name"} & options.keys()
-    if attack.rho and not given and attack.name in (DEFAULT_ATTACK, flags.CROWD_ATTACK):
-        print(f"attack: {attack.name} at rho {attack.rho:g} (the default; choose with --attack)")
-    elif attack.name != "none" and not attack.rho:
-        wanted = "1" if owned(["--attack", attack.name]) else "above 0"
-        print(f"attack: {attack.name} changes nothing at rho 0; give --rho {wanted}")
-    elif attack.name == "none" and attack.rho:
-        print(f"attack: none, so everybody is honest whatever rho is; {attack.rho:g} is not kept")
 
 
 def default_out(config: Config) -> Path:

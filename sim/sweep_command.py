@@ -15,10 +15,12 @@ from envs.monitor import OUTCOMES
 from envs.usage import Interrupted, UsageError
 from sim import flags
 from sim.analysis.arm_names import arm_names
+from sim.announcement import announce_idle
 from sim.checks import check
 from sim.config import Config
 from sim.files import check_out
 from sim.presets import PRESETS
+from sim.progress import counted
 from sim.studies import STUDIES
 from sim.sweep import plan, sweep
 from sim.sweep_file import ENDINGS, from_sweep_file, is_sweep_file
@@ -63,7 +65,7 @@ def command(words: list[str]) -> int:
     preset, options = flags.read(words)
     if is_sweep_file(preset):
         preset, filed = from_sweep_file(str(preset))
-        options = {**filed, **options}
+        options = flags.over(filed, options)
     if preset in STUDIES and preset not in PRESETS:
         studies = [str(preset), *options.get("--study", [])]  # two are refused
         preset, options = None, {**options, "--study": studies}
@@ -79,7 +81,11 @@ def command(words: list[str]) -> int:
     claimed = options.get("--study") == ["learners"]
 
     def chosen(rest: flags.Options) -> list[Config]:
-        return study(preset, rest) if "--study" in rest else grid(preset, rest)
+        if "--study" in rest:
+            return study(preset, rest)
+        configs = grid(preset, rest)
+        announce_idle(configs)
+        return configs
 
     def finish(table: dict[str, Any], out: Path) -> int:
         print_table(table)
@@ -112,10 +118,12 @@ def work(
     if jobs < 1:
         raise UsageError(f"jobs={jobs}; allowed: >= 1")
     check_out(out)
-    only = [flag for flag in ("--status", "--dry-run") if options.pop(flag, None) is not None]
+    if (out / "manifest.json").is_file():
+        raise UsageError(f"out={str(out)!r} is a run; allowed: a folder of runs, or a new name")
+    only = [flag for flag in ("--status", "--dry-run") if flags.switch(options, flag)]
     track = flags.take(options, "--track")
     check_track(track)
-    retried, any_code = flags.take(options, "--retry"), options.pop("--any-code", None) is not None
+    retried, any_code = flags.take(options, "--retry"), flags.switch(options, "--any-code")
     if retried not in (None, *OUTCOMES):
         raise UsageError(f"retry={retried!r}; allowed: {', '.join(OUTCOMES)}")
     configs = chosen(options)
@@ -127,7 +135,8 @@ def work(
     lengths = " or ".join(map(str, sorted(rounds)))
     far = ray not in (None, "local") and asked is None
     said = f"all that fit into the Ray cluster {ray}" if far else jobs
-    runs = f"{len(planned)} runs in {len(arms)} arms, {lengths} rounds each"
+    each = "1 round" if lengths == "1" else f"{lengths} rounds"
+    runs = f"{counted(len(planned), 'run')} in {counted(len(arms), 'arm')}, {each} each"
     print(f"{runs}, {said} at a time: {out}/")
     if only:
         print_status([standing(run) for run in planned], jobs, every="--dry-run" in only)

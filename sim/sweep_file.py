@@ -15,8 +15,10 @@ from typing import Any
 
 from envs.usage import UsageError
 from sim.config_file import read_fields
-from sim.flags import Options
+from sim.flags import Options, spelled
 
+NAMED = ("--attack", "--attack.name", "--defence")
+"""Flags whose value may be null, which they call ``none``."""
 ENDINGS = (".yaml", ".yml", ".json")
 
 
@@ -31,11 +33,16 @@ def from_sweep_file(path: str) -> tuple[str | None, Options]:
     Raises:
         ValueError: no such file, not a mapping, or a value that is neither plain nor a list.
     """
-    fields = read_fields(path)
+    fields = read_fields(path, "sweep")
     named = fields.pop("preset", None)
     if named is not None and not isinstance(named, str):
         raise UsageError(f"preset={named!r} in {path!r}; allowed: a preset's name")
-    return named, dict(_flags(fields, "--"))
+    flags = _flags(fields, "--")
+    names = [flag for flag, _ in flags]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"{name[2:]} twice in {path!r}; allowed: one of them")
+    return named, dict(flags)
 
 
 def _flags(fields: dict[str, Any], prefix: str) -> list[tuple[str, list[str]]]:
@@ -44,12 +51,11 @@ def _flags(fields: dict[str, Any], prefix: str) -> list[tuple[str, list[str]]]:
         words = str(name).replace("_", "-")
         if isinstance(value, dict):
             found += _flags(value, f"{prefix}{words}.")
-        elif isinstance(value, bool):  # a switch has two names and no value
-            section, dot, switch = words.rpartition(".")
-            found.append((f"{prefix}{section}{dot}{'' if value else 'no-'}{switch}", []))
         else:
             values = value if isinstance(value, list) else [value]
             if any(isinstance(v, list | dict) for v in values):
                 raise UsageError(f"{name}={value!r}; allowed: a value or a list of values")
-            found.append((f"{prefix}{words}", ["none" if v is None else str(v) for v in values]))
+            flag = spelled(f"{prefix}{words}")
+            nothing = "none" if flag in NAMED else "None"
+            found.append((flag, [nothing if v is None else str(v) for v in values]))
     return found

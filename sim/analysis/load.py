@@ -187,7 +187,8 @@ def load_run(path: Path | str) -> Run:
     """
     path = Path(path)
     if not (path / "manifest.json").is_file():
-        raise UsageError(f"run={str(path)!r} has no manifest.json; allowed: a run directory")
+        lacks = "has no manifest.json" if path.exists() else "does not exist"
+        raise UsageError(f"run={str(path)!r} {lacks}; allowed: a run directory")
     summary = path / "summary.json"
     return Run(
         path=path,
@@ -296,5 +297,5 @@ def _rounds(run: Path) -> pd.DataFrame:
             if number < len(lines):
                 raise UsageError(f"{file!r} line {number} is damaged ({error})") from None
     if not rows:
-        raise UsageError(f"{file!r} holds no complete round yet")
+        raise UsageError(f"{file!r} holds no complete round yet; allowed: a run with a round")
     return pd.DataFrame(rows).sort_values("round", ignore_index=True)

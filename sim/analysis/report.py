@@ -103,7 +103,11 @@ def write_figure(run_dirs: Iterable[Path | str], name: str, out: Path) -> Path:
     if picture in ALONE and len(runs) > 1:
         raise UsageError(f"--figure {name} with {len(runs)} runs; allowed: one run directory")
     if not picture.supports(runs):
-        raise UsageError(f"--figure {name}: these runs have nothing to show in it")
+        able = [p.name for p in known.values() if p not in ALONE or len(runs) == 1]
+        able = [name for name in able if known[name].supports(runs)]
+        raise UsageError(
+            f"--figure {name}: these runs have nothing to show in it; allowed: {', '.join(able)}"
+        )
     return vector.write(picture.draw(runs), out)
 
 

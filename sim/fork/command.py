@@ -10,6 +10,7 @@ from typing import Any
 from envs.registry import brief
 from envs.usage import UsageError
 from sim import flags
+from sim.announcement import announce_idle, names_attack
 from sim.checks import check, check_new, settled
 from sim.config import Config
 from sim.fork.branch import branch, changes, check_fork
@@ -44,17 +45,20 @@ def fork(words: list[str]) -> int:
     if run is None:
         raise UsageError("fork needs a run; allowed: poisonloop fork RUN --at ROUND [flags]")
     at, chosen_out = flags.whole(options, "--at"), flags.take(options, "--out")
-    trusted = options.pop("--trust-plugins", None) is not None
+    trusted = flags.switch(options, "--trust-plugins")
     if at is None:
         raise UsageError("fork needs --at; allowed: --at ROUND, the last round in common")
     path = Path(run)
     parent = recorded_config(path)
     check_trust(path, parent, trusted)
-    config = settled(flags.changed(parent, options))
+    asked = flags.changed(parent, options)
+    config = settled(asked)
     check_fork(path, parent, config, at)
     check(config)
     out = Path(chosen_out) if chosen_out else default_out(path, parent, config, at)
     check_new(out)
+    if names_attack(options):
+        announce_idle([asked])
     quiet_loading()
     branch(path, parent, config, at, out, shlex.join(["poisonloop", "fork", *words]))
     sides = f"side by side:  poisonloop report {shlex.join([str(path), str(out)])} --out DIR"

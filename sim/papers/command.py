@@ -163,7 +163,10 @@ def _asked(known: Experiment, options: flags.Options) -> Asked:
     worlds = [flags.to_whole("--worlds", world) for world in options.pop("--worlds", [])]
     if worlds and model:
         raise UsageError(f"worlds={worlds} with --model; allowed: --seeds N (text has no world)")
-    given = options.pop("--ratios", None) if len(known.ratios) > 1 else None
+    given = options.pop("--ratios", None)
+    if given and len(known.ratios) == 1:
+        several = ", ".join(name for name, other in EXPERIMENTS.items() if len(other.ratios) > 1)
+        raise UsageError(f"--ratios {' '.join(given)}; allowed: with {several} (here it is 1)")
     return Asked(
         learners=tuple(options.pop("--learner", known.learners)),
         ratios=known.ratios if given is None else tuple(map(_share, given)),

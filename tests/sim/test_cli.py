@@ -37,6 +37,15 @@ def test_start_up_imports_nothing_heavy(words: list[str]) -> None:
     assert "poisonloop" in done.stdout
 
 
+def test_nothing_is_written_into_a_run(in_tmp: Path, capsys: Any) -> None:
+    (in_tmp / "old").mkdir()
+    (in_tmp / "old/manifest.json").write_text("{}")
+    assert main(["run", "smoke", "--out", "old/in"]) == 2
+    assert "out='old/in' lies in a run; allowed: a place outside" in capsys.readouterr().err
+    assert main(["sweep", "smoke", "--out", "old", "--status"]) == 2
+    assert "out='old' is a run; allowed: a folder of runs" in capsys.readouterr().err
+
+
 def test_an_existing_directory_is_refused_and_untouched(in_tmp: Path, capsys: Any) -> None:
     (in_tmp / "old").mkdir()
     assert main(["run", "smoke", "--out", "old"]) == 2
@@ -74,13 +83,18 @@ LIMIT = "run smoke --evaluation.limits"
 # Words typed, and what the one line of complaint has to name: field, value, what is allowed.
 REFUSED = [
     ("run smoke --defence odd.py:Mine", "defence Mine: constraint='banana'; allowed: embedding"),
-    ("run smoke --seed -1", "seed=-1; allowed: >= 0"),
-    ("sweep smoke --seed -1", "seed=-1; allowed: >= 0"),
+    ("run smoke --seed -1", "seed=-1; allowed: 0 to 9223372036854775807"),
+    ("sweep smoke --seed 9223372036854775808 --dry-run", "seed=9223372036854775808; allowed: 0 "
+     "to 9223372036854775807"),
     ("run smoke --world.seed -1", "world.seed=-1; allowed: 0 to"),
     ("run smoke --world.model-seed -1", "world.model_seed=-1; allowed: 0 to"),
     ("run smoke --world.foothold 2", "world.foothold=2.0; allowed: 0 to 0.5"),
     ("run smoke --world.size huge", "world.size='huge'; allowed: small, medium"),
     ("run smoke --rho .004", "attack.rho=0.004 of feedback.annotators=100 is nobody; allowed"),
+    ("run smoke --rho .5 --feedback.annotators 1", "=1 is nobody; allowed: 0, or above 0.5"),
+    ("run smoke --rho .2 --attack.schedule burst --attack.start 5 --attack.length 3",
+     "attack.schedule='burst' with attack.start=5, attack.length=3 and rounds=5, so that no round"),
+    ("run smoke --rho .2 --attack.schedule on_off", "with attack.start=0, attack.length=10"),
     ("run smoke --feedback.delay 5", "feedback.delay=5 with rounds=5, so that no label arrives"),
     ("run smoke --threads 0", "threads=0; allowed: 1 to 1024"),
     ("run smoke --samples-per-round -3", "samples_per_round=-3; allowed: >= 0"),
@@ -165,6 +179,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert complaint.startswith("poisonloop: error: ") and said in complaint
     assert len(complaint.splitlines()) == 1
     assert {path.name for path in in_tmp.iterdir()} - {"__pycache__"} == before
+
+
+@pytest.mark.parametrize("out", [["--out="], ["--out", ""]])
+@pytest.mark.parametrize("command", ["report here", "exit-rules", "sweep smoke --dry-run", "run"])
+def test_an_empty_place_is_none(command: str, out: list[str], in_tmp: Path, capsys: Any) -> None:
+    assert main([*command.split(), *out]) == 2
+    assert "--out ''; allowed: a place to write to" in capsys.readouterr().err
+    assert list(in_tmp.iterdir()) == []
 
 
 def test_bad_data_is_refused_before_torch_is_imported(in_tmp: Path) -> None:
@@ -309,3 +331,22 @@ def test_what_comes_next_is_a_command_that_can_run() -> None:
     ended = {**SUMMARY, "rho": 1.0, "attacker_stopped": 3}
     stopped = closing({**ended, "harm_end": 0.9}, Path("out"), [], ["--attack.stop-at", ".2"])
     assert "stopped it in round 3" in stopped and "--attack.stop-at" not in stopped.splitlines()[2]
+
+
+def test_an_attack_of_nobody_is_not_typed_again() -> None:
+    for flag in ("--attack", "--attack.name"):
+        said = closing(SUMMARY, Path("out"), [], ["smoke", flag, "none", "--rounds", "1"])
+        assert said.endswith("poisonloop run smoke --rounds 1 --rho 0.2")
+
+
+def test_gibberish_is_not_announced_as_safe() -> None:
+    def forms(harmful: float, benign: float) -> dict[str, Any]:
+        ends = {"harmful": {"end": harmful}, "benign": {"end": benign}, "first": None}
+        return {"short": {"harmful": None, "benign": None, "first": None}, "gibberish": ends}
+
+    ended = {**SUMMARY, "rho": 0.5, "lr": 1.0, "rounds": 1}
+    broken = closing({**ended, "hacking": forms(1.0, 1.0)}, Path("out"), [], ["smoke"])
+    assert "Outcome: NO FLUENT TEXT IS LEFT" in broken and "SAFE" not in broken
+    assert broken.endswith("with a lower learning rate:  poisonloop run smoke --learner.lr 0.1")
+    babbling = closing({**ended, "hacking": forms(0.4, 1.0)}, Path("out"), [], ["smoke"])
+    assert "Outcome: STAYED IN THE SAFE SET for 1 round, no" in babbling

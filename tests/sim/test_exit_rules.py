@@ -125,9 +125,10 @@ def test_bad_flags_are_named(words: list[str], named: str, capsys: Any) -> None:
 
 def test_a_file_is_no_folder(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "file").write_text("")
-    for out in (tmp_path / "file", tmp_path / "file" / "inside"):
-        assert main(["exit-rules", "--out", str(out)]) == 2
-        assert "--out" in capsys.readouterr().err
+    for out, reason in (("file", "is a file"), ("file/inside", "Not a directory")):
+        assert main(["exit-rules", "--out", str(tmp_path / out)]) == 2
+        said = capsys.readouterr().err
+        assert "--out" in said and reason in said and "; allowed: " in said and "Errno" not in said
 
 
 def test_the_example_of_the_documentation_runs():

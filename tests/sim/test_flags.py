@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from sim.cli import main
 from sim.config import Config
 from sim.config_file import from_file, to_yaml
+from sim.evaluation_config import EvaluationConfig
 from sim.presets import preset
 
 # Words typed, and what the one line of complaint has to name: field, value, what is allowed.
@@ -21,12 +23,12 @@ BAD_INPUT = {
     "unknown flag": ("run --learner.lrr 1", ["--learner.lrr", "did you mean --learner.lr"]),
     "american": ("run --defense x", ["--defense", "did you mean --defence"]),
     "two values": ("run --rho .1 .2", ["--rho .1 .2", "one value"]),
-    "no value": ("run --rounds", ["--rounds", "one value"]),
+    "no value": ("run --rounds", ["--rounds has no value; allowed: one value"]),
     "rho": ("run --rho 1.5", ["attack.rho=1.5", "0 to 1"]),
-    "rho text": ("run --rho x", ["attack.rho='x'", "FLOAT"]),
+    "rho text": ("run --rho x", ["attack.rho='x'; allowed: a number"]),
     "one response": ("run --feedback.responses 1", ["feedback.responses=1", ">= 2"]),
     "rounds": ("run --rounds 0", ["rounds=0", ">= 1"]),
-    "batch text": ("run --feedback.batch x", ["feedback.batch='x'", "INT"]),
+    "batch text": ("run --feedback.batch x", ["feedback.batch='x'; allowed: a whole number"]),
     "choice": ("run --world.size huge", ["world.size='huge'", "small, medium"]),
     "engine": ("run --engine warp", ["engine='warp'", "transformers"]),
     "cost limit": ("run --evaluation.cost-limit 1", ["evaluation.cost_limit=1.0", "0.01 to 0.9"]),
@@ -42,6 +44,11 @@ BAD_INPUT = {
     "defence": ("run --defence refusal_los", ["'refusal_los'", "freeze", "did you mean"]),
     "defence value": ("run --defence refusal_loss(alpha=-1)", ["alpha=-1", ">= 0"]),
     "defence file": ("run --defence nowhere.py:Mine", ["'nowhere.py'"]),
+    "switch": ("run --evaluation.stop-on-exit maybe",
+               ["--evaluation.stop-on-exit maybe; allowed: true, false"]),
+    "both ways": ("run --evaluation.stop-on-exit --evaluation.no-stop-on-exit",
+                  ["--evaluation.stop-on-exit with --evaluation.no-stop-on-exit; allowed: one"]),
+    "two spellings": ("run --rho 0 --attack.rho .2", ["--rho with --attack.rho; allowed: one"]),
     "shares": ("run --feedback.harmful-share .9", ["harmful_share=0.9", "contrast_share=0.25"]),
     "redundancy": ("run --feedback.collection crowd --feedback.redundancy 101",
                    ["redundancy=101", "100"]),
@@ -49,7 +56,7 @@ BAD_INPUT = {
     "no data": ("run --model . --data rows.jsonl", ["data='rows.jsonl'", ".json or .parquet"]),
     "config file": ("run --config none.yaml", ["config='none.yaml'", "readable file"]),
     "resume": ("resume nothing", ["run='nothing'", "a run directory"]),
-    "report": ("report nothing", ["'nothing'", "a run directory"]),
+    "report": ("report nothing", ["run='nothing' does not exist; allowed: a run directory"]),
     "sweep rho": ("sweep --rho 0 2", ["attack.rho=2.0", "0 to 1"]),
     "sweep seeds": ("sweep --seeds x", ["--seeds x", "whole number"]),
     "sweep jobs": ("sweep --jobs 0", ["jobs=0", ">= 1"]),
@@ -140,8 +147,13 @@ def test_config_round_trip(name: str, tmp_path: Path) -> None:
         ("learner: {name: zzz}", "learner='zzz'; allowed: dpo, grpo"),
         ("learner: {name: 3}", "learner=3; allowed: dpo, grpo"),
         ("learner: {name: mine.py:Mine}", "learner='mine.py:Mine'; allowed: dpo, grpo"),
+        ("learner: {betas: [1e-1]}", "allowed: 2 values: a number, a number"),
         ("learner: {betas: [1e-1, 2]}", "learner.betas=(0.1, 2)"),
-        ("config: 3", "holds int"),
+        ("config: 3", "unknown field 'config'; allowed: rounds"),
+        ("{config: {seed: 1}, rounds: 9}", "unknown field 'config'"),
+        ("rounds: 3\nrounds: 4", "config='c.yaml' has 'rounds' twice; allowed: every key once"),
+        ("attack: {rho: 0, rho: .2}", "has 'rho' twice"),
+        ("", "config='c.yaml' holds nothing; allowed: fields: values"),
         ("- 1", "holds list"),
         ("a: [", "not valid YAML"),
         ("!!python/object/apply:os.system ['touch pwned']", "not valid YAML"),
@@ -153,6 +165,23 @@ def test_bad_files(text: str, said: str, in_tmp: Path) -> None:
         from_file(Config(), "c.yaml")
     assert said in str(error.value)
     assert [path.name for path in in_tmp.iterdir()] == ["c.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("words", "on"),
+    [
+        (["--evaluation.stop-on-exit"], True),
+        (["--evaluation.stop-on-exit", "true"], True),
+        (["--evaluation.stop_on_exit=False"], False),
+        (["--evaluation.no-stop-on-exit"], False),
+    ],
+)
+def test_switches_take_a_value_or_none(words: list[str], on: bool) -> None:
+    from sim import flags
+
+    for base in (True, False):
+        start = replace(Config(), evaluation=EvaluationConfig(stop_on_exit=base))
+        assert flags.changed(start, flags.read(words)[1]).evaluation.stop_on_exit is on
 
 
 def test_a_typed_none_stays_none() -> None:

@@ -379,6 +379,18 @@ def test_the_command_refuses_before_anything_is_built(
     assert sorted(parent.parent.iterdir()) == before and not list(in_tmp.iterdir())
 
 
+def test_an_attack_that_does_nothing_is_told(parent, in_tmp, monkeypatch, capsys):
+    from sim.cli import main
+
+    for name in ("branch", "execute"):
+        monkeypatch.setattr(f"sim.fork.command.{name}", lambda *_, **__: None)
+    words = ["fork", str(parent), "--at", "1", "--rho", "0", "--out", "fork"]
+    assert main(words) == 0
+    assert "changes nothing" not in capsys.readouterr().out
+    assert main([*words, "--attack", "trigger"]) == 0
+    assert "attack: trigger changes nothing at rho 0; give --rho" in capsys.readouterr().out
+
+
 def test_a_run_that_is_none_is_refused(in_tmp, capsys):
     from sim.cli import main
 

@@ -238,7 +238,7 @@ def test_tables_and_picture(tmp_path: Path) -> None:
     [
         (["rosati-t9"], "papers='rosati-t9'; allowed: rosati-t1, rosati-f2"),
         (["--jobs", "2"], "papers=None; allowed: rosati-t1, rosati-f2"),
-        (["rosati-t1", "--ratios", ".5"], "--ratios is not a flag"),
+        (["rosati-t1", "--ratios", ".5"], "--ratios .5; allowed: with rosati-f2"),
         (["rosati-f2", "--ratios", "half"], "--ratios half; allowed: numbers from 0 to 1"),
         (["rosati-f2", "--model", "M"], "model='M' with data=\\[\\]; allowed: --model with --data"),
         (["rosati-t1", "--worlds", "x"], "--worlds x; allowed: a whole number"),

@@ -22,6 +22,7 @@ from sim.analysis.arm_names import arm_names
 from sim.checks import check
 from sim.cli import main
 from sim.config import AttackConfig, Config
+from sim.config_file import to_yaml
 from sim.pool import Job, work_off
 from sim.presets import preset
 from sim.resume import extend, is_finished
@@ -156,14 +157,71 @@ def test_a_sweep_is_read_from_a_file(
         assert config.learner.lr == 1e-3 and config.rounds == 5
     assert main(["sweep", "grid.yaml", "--seeds", "3", "--dry-run"]) == 0  # a flag wins
     assert "12 runs in 4 arms" in capsys.readouterr().out
-    file.write_text("rho: [[0]]\n")
-    assert main(["sweep", "grid.yaml", "--dry-run"]) == 2
-    assert "allowed: a value or a list of values" in capsys.readouterr().err
+    typed = "--attack.rho .1 --evaluation.no-stop-on-exit --dry-run"  # in other spellings too
+    assert main(["sweep", "grid.yaml", *typed.split()]) == 0
+    assert "4 runs in 2 arms" in capsys.readouterr().out
     assert main(["sweep", "--rho", ".2", "--defence", "lissa", "--dry-run"]) == 2
     said = capsys.readouterr()
     assert "defence: unknown name 'lissa'" in said.err and not said.out
     assert main(["sweep", "exit-times", "--dry-run"]) == 0
     assert "756 runs" in capsys.readouterr().out
+
+
+BAD_FILES = [
+    ("rho: [[0]]", "allowed: a value or a list of values"),
+    ("config: {rho: 0}\nseeds: 5", "--config.rho is not a flag"),
+    ("config: none.yaml", "config='none.yaml': No such file or directory"),
+    ("rho: 0\nrho: .2", "sweep='grid.yaml' has 'rho' twice; allowed: every key once"),
+    ("learner.lr: 1\nlearner: {lr: 2}", "learner.lr twice in 'grid.yaml'; allowed: one of them"),
+    ("rho: 0\nattack: {rho: .2}", "--rho with --attack.rho; allowed: one of them"),
+    ("", "sweep='grid.yaml' holds nothing; allowed: fields: values"),
+    ("rho: null", "attack.rho='None'; allowed: a number"),
+    ("rho: []", "--rho has no value; allowed: one value"),
+    ("evaluation: {stop_on_exit: [true, 3]}", "--evaluation.stop-on-exit 3; allowed: true, false"),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), BAD_FILES)
+def test_a_bad_file_is_refused_by_name(text: str, said: str, in_tmp: Path, capsys: Any) -> None:
+    Path("grid.yaml").write_text(text)
+    assert main(["sweep", "grid.yaml", "--dry-run"]) == 2
+    complaint = capsys.readouterr().err
+    assert said in complaint and complaint.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "note"),
+    [
+        (
+            "--attack always_flip",
+            "attack: always_flip changes nothing at rho 0; give --rho above 0",
+        ),
+        ("--attack malicious_grpo", "malicious_grpo changes nothing at rho 0; give --rho 1"),
+        ("--attack none --rho .2", "everybody is honest whatever rho is; 0.2 is not kept"),
+        ("--attack none always_flip --rho 0 .2", ""),
+    ],
+)
+def test_an_attack_that_acts_in_no_run_is_told(
+    words: str, note: str, in_tmp: Path, capsys: Any
+) -> None:
+    assert main(["sweep", "smoke", *words.split(), "--rounds", "1", "--dry-run"]) == 0
+    said, head, _ = capsys.readouterr().out.partition(
+        "1 run in 1 arm, 1 round each" if note else "2 runs"
+    )
+    assert head and (note in said if note else not said)
+
+
+def test_what_a_file_may_hold(in_tmp: Path) -> None:
+    def read(text: str) -> list[Config]:
+        Path("grid.yaml").write_text(text)
+        return grid(*from_sweep_file("grid.yaml"))
+
+    whole = replace(preset("smoke"), learner=learners.get("dpo")(lr=1e-3))
+    assert read(to_yaml(whole)) == [whole]  # as --print-config writes it
+    both = read("evaluation: {stop_on_exit: [true, false]}")
+    assert [config.evaluation.stop_on_exit for config in both] == [True, False]
+    Path("mine.json").write_text('{"rounds": 3}')
+    assert {config.rounds for config in read("config: mine.json\nrho: [0, .1]")} == {3}
 
 
 def test_the_judges_study_can_run() -> None:
