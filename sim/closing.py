@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from envs.collapse import DEGENERATE_SHARE
-from envs.hacking import FORMS, STRATA
+from envs.hacking import FORMS, PROMPT_KINDS
 from sim import flags
 from sim.config import Config, TextConfig
 from sim.progress import counted, number
@@ -70,7 +70,7 @@ def garbled(summary: dict[str, Any]) -> bool:
     """
     found = summary.get("hacking") or {}
     forms = [found.get(form, {}) for form in FORMS]
-    ends = [[(form.get(kind) or {}).get("end", 0.0) for form in forms] for kind in STRATA]
+    ends = [[(form.get(kind) or {}).get("end", 0.0) for form in forms] for kind in PROMPT_KINDS]
     return all(sum(shares) > DEGENERATE_SHARE for shares in ends)
 
 
