@@ -358,9 +358,9 @@ def test_both_colours_at_both_widths(browser, page, scheme, width, place):
 
 @needs_browser
 def test_twenty_thousand_samples_are_quick(browser, runs, tmp_path, monkeypatch):
-    said = samples.collect(load_runs([runs]), True)
+    said = samples.collect(load_runs([runs]))
     many = pd.concat([said.rows] * 21, ignore_index=True)[:20_000]
-    monkeypatch.setattr(samples, "collect", lambda runs, several: said._replace(rows=many))
+    monkeypatch.setattr(samples, "collect", lambda runs: said._replace(rows=many))
     browser.get(write_report([runs], tmp_path)[0].as_uri())
     began = browser.execute_script("return performance.now()")
     assert choose(browser, "by-text", "mokel").endswith(" of 20,000 comparisons")
