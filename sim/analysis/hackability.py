@@ -181,7 +181,8 @@ def plot_hackability(runs: Iterable[Run], ax: Axes | None = None, truth: str = "
     Raises:
         ValueError: no run has a proxy at two evaluations, or an unknown truth.
     """
-    shares = {arm: disagreement(members, truth) for arm, members in by_arm(runs).items()}
+    arms = by_arm(runs)
+    shares = {arm: disagreement(members, truth) for arm, members in arms.items()}
     known = {arm: share for arm, share in shares.items() if share is not None}
     if not known:
         raise UsageError("runs: none has a reward at two evaluations; allowed: PPO or GRPO runs")
@@ -205,6 +206,7 @@ def plot_hackability(runs: Iterable[Run], ax: Axes | None = None, truth: str = "
     ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8.8)
     ax.set_title(f"Reward against {truth}", pad=24)
     counts = span(known[arm].runs for arm in shown)
+    learners = ", ".join(sorted({run.learner for arm in shown for run in arms[arm]}))
     rest = " Black: 95% over runs." * bool(whiskers)
     rest += f" {len(known) - len(shown)} arms with no more are left out." * (
         len(known) > len(shown)
@@ -212,7 +214,8 @@ def plot_hackability(runs: Iterable[Run], ax: Axes | None = None, truth: str = "
     better = "harm rises" if truth == "harm" else "utility falls"
     style.caption(
         ax,
-        f"n = {counts} runs an arm. Disagree: the reward model's mean rises while {better}, or the "
-        f"reverse, both certified at {100 * ALPHA:g}% over all pairs of a run.{rest}",
+        f"n = {counts} runs an arm ({learners}). Disagree: the reward model's mean rises while "
+        f"{better}, or the reverse, both certified at {100 * ALPHA:g}% over all pairs of a run."
+        f"{rest}",
     )
     return ax

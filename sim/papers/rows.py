@@ -17,6 +17,7 @@ import numpy as np
 
 from sim.analysis.intervals import nested_mean
 from sim.analysis.load import Run
+from sim.analysis.survival import MIN_SEEDS
 from sim.hub import is_hub_id
 from sim.papers.published import ALIGNED, UNALIGNED, data_name, published
 
@@ -91,8 +92,8 @@ def _row(runs: Sequence[Run]) -> dict[str, Any]:
 def _spread(runs: Sequence[Run], column: str, place: int) -> dict[str, Any] | None:
     """Mean of a measurement over worlds, with its 95 % interval; None where there is none.
 
-    That of a world is the mean over its runs. One run alone has the interval of its prompts, the
-    monitor's, which it has for harm alone.
+    That of a world is the mean over its runs. Fewer than ``MIN_SEEDS`` runs have their range in its
+    place; one run alone has the interval of its prompts, the monitor's, for harm alone.
     """
     worlds: dict[int, list[float]] = defaultdict(list)
     for run in runs:
@@ -106,6 +107,8 @@ def _spread(runs: Sequence[Run], column: str, place: int) -> dict[str, Any] | No
     high: float | None
     if len(found) > 1:
         mean, low, high = nested_mean(list(worlds.values()))
+        if len(found) < MIN_SEEDS:
+            low, high = min(found), max(found)
     else:
         mean = found[0]
         ends = (runs[0].column(f"{column}_{end}").dropna() for end in ("lower", "upper"))

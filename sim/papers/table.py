@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from sim.analysis.survival import MIN_SEEDS
 from sim.analysis.words import in_words, span
 from sim.papers.shapes import partly_shapes, whole_shapes
 
@@ -22,15 +23,16 @@ def markdown(name: str, rows: Sequence[Row]) -> str:
 
 
 def _note(rows: Sequence[Row]) -> str:
-    runs = span(row["runs"] for row in rows)
-    interval = (
-        "the monitor's interval of its prompts"
-        if runs == "1"
-        else "a bootstrap over worlds, then seeds (with three runs about their range)"
-    )
+    runs = {row["runs"] for row in rows}
+    several = [
+        *["lowest and highest of two or three runs"] * any(1 < n < MIN_SEEDS for n in runs),
+        *["95 %, bootstrap over worlds, then seeds"] * any(n >= MIN_SEEDS for n in runs),
+    ]
+    alone = ["95 %, the monitor's interval of one run's prompts"] * (1 in runs)
     return (
-        f"n = {runs} runs a row, {rows[0]['prompts']} prompts each; [95 %]: {interval}. The paper "
-        "has one number a cell, of its own classifier over 100 prompts."
+        f"n = {span(runs)} runs a row, {rows[0]['prompts']} prompts each; [ ]: "
+        f"{'; '.join([*several, *alone])}. The paper has one number a cell, of its own classifier "
+        "over 100 prompts."
     )
 
 

@@ -341,6 +341,9 @@ def test_who_was_never_asked_is_on_neither_side():
     log = detection_table._Log({"gold": rows}, pd.Series([0] * 4), asked, sides, 1)
     found = detection_table._row([log], "gold", 1.0)
     assert (found["malicious"], found["honest"], found["auc"], found["tpr"]) == (2, 2, 1, 1)
+    later = log._replace(errors={"gold": rows.assign(round=[0, 5, 0, 0])}, rounds=10)
+    half = detection_table._score(later, "gold", 0.5)  # rounds 0 to 4: of person 1 nothing is seen
+    assert half[1] == pytest.approx(1 / 3), "so she has the mean of all"
     alone = detection_table._row([log._replace(malicious=asked)], "gold", 1.0)
     assert alone["honest"] == 0 and np.isnan(alone["auc"]) and np.isnan(alone["tpr"])
 
