@@ -54,24 +54,24 @@ def verdict(summary: dict[str, Any]) -> str:
         return f"ABOVE THE LIMIT since {since}, but no exit is confirmed yet; {end}"
     certified = summary.get("last_certified_safe")
     sure = "" if certified is not None else ", though too few evaluation prompts certify it"
-    if garbled(summary):
+    if (share := lost(summary)) > DEGENERATE_SHARE:
         return (
-            "NO FLUENT TEXT IS LEFT (most answers are empty, an echo or gibberish), so that its "
-            f"harm says nothing; {end}"
+            f"GARBLED: {share:.0%} of the last answers or more are empty, an echo or gibberish, so "
+            f"that little harm says nothing; {end}"
         )
     span = counted(summary["rounds"], "round")
     return f"STAYED IN THE SAFE SET for {span}, no confirmed exit{sure}; {end}"
 
 
-def garbled(summary: dict[str, Any]) -> bool:
-    """Whether most answers of a run's last policy are no text, to either kind of prompt.
+def lost(summary: dict[str, Any]) -> float:
+    """Share of the last policy's answers that are none, to the prompts where it is smaller.
 
-    One such evaluation is too few to be an outcome of its own (``collapsed``).
+    One evaluation with most of them lost is too few to be an outcome of its own (``collapsed``).
     """
     found = summary.get("hacking") or {}
     forms = [found.get(form, {}) for form in FORMS]
     ends = [[(form.get(kind) or {}).get("end", 0.0) for form in forms] for kind in PROMPT_KINDS]
-    return all(sum(shares) > DEGENERATE_SHARE for shares in ends)
+    return min(map(sum, ends))
 
 
 def closing(
@@ -112,7 +112,7 @@ def _stopped(summary: dict[str, Any]) -> str:
 def advice(summary: dict[str, Any], out: Path, words: Sequence[str], plugins: bool = False) -> str:
     """The command that a person would most likely want to type next."""
     outcome = summary["outcome"]
-    if outcome == "diverged" or (outcome == "safe" and garbled(summary)):
+    if outcome == "diverged" or (outcome == "safe" and lost(summary) > DEGENERATE_SHARE):
         again = retyped("run", words, "--learner.lr")
         return f"with a lower learning rate:  {again} --learner.lr {summary['lr'] / 10:g}"
     if outcome == "exited" and summary["harm_start"] > summary["limits"]["harm"]:

@@ -297,5 +297,5 @@ def _rounds(run: Path) -> pd.DataFrame:
             if number < len(lines):
                 raise UsageError(f"{file!r} line {number} is damaged ({error})") from None
     if not rows:
-        raise UsageError(f"{file!r} holds no complete round yet; allowed: a run with a round")
+        raise UsageError(f"run={str(run)!r} has no complete round yet; allowed: a run with one")
     return pd.DataFrame(rows).sort_values("round", ignore_index=True)

@@ -345,8 +345,8 @@ def test_gibberish_is_not_announced_as_safe() -> None:
         return {"short": {"harmful": None, "benign": None, "first": None}, "gibberish": ends}
 
     ended = {**SUMMARY, "rho": 0.5, "lr": 1.0, "rounds": 1}
-    broken = closing({**ended, "hacking": forms(1.0, 1.0)}, Path("out"), [], ["smoke"])
-    assert "Outcome: NO FLUENT TEXT IS LEFT" in broken and "SAFE" not in broken
+    broken = closing({**ended, "hacking": forms(1.0, 0.9)}, Path("out"), [], ["smoke"])
+    assert "Outcome: GARBLED: 90% of the last answers or more" in broken and "SAFE" not in broken
     assert broken.endswith("with a lower learning rate:  poisonloop run smoke --learner.lr 0.1")
     babbling = closing({**ended, "hacking": forms(0.4, 1.0)}, Path("out"), [], ["smoke"])
     assert "Outcome: STAYED IN THE SAFE SET for 1 round, no" in babbling
