@@ -21,15 +21,8 @@ def announce(config: Config, typed: Collection[str]) -> None:
         print("harm: judged by refusal phrases alone; --text.classifier DIR or --text.judge DIR")
         print(f"      reads the answers (`{prepare_line(config)}` trains a classifier;")
         print("      with --dry-run it says size and time)")
-    if (
-        attack.rho
-        and not names_attack(typed)
-        and attack.name
-        in (
-            DEFAULT_ATTACK,
-            flags.CROWD_ATTACK,
-        )
-    ):
+    default = attack.name in (DEFAULT_ATTACK, flags.CROWD_ATTACK)
+    if attack.rho and default and not names_attack(typed):
         print(f"attack: {attack.name} at rho {attack.rho:g} (the default; choose with --attack)")
     announce_idle([config])
 
