@@ -316,7 +316,7 @@ def test_paired_difference_uses_the_pairing():
     rng = np.random.default_rng(0)
     found = rmst_difference(table, "defended", "attacked", 95.0, rng, draws=200)
     assert (found.value, found.n) == (pytest.approx(10.0), 5)
-    assert found.low == pytest.approx(10.0) and found.high == pytest.approx(10.0)
+    assert (found.error, found.low, found.high) == (0, None, None), "no interval of width 0"
     cut = table.assign(event=table["event"] & (table["time"] < 60))
     assert rmst_difference(cut, "defended", "attacked", 95.0, rng) is None
     with pytest.raises(ValueError, match="other"):
@@ -465,7 +465,7 @@ def test_an_arm_is_named_where_its_mean_ends(tmp_path):
     ax = plot_arms(runs)
     last = np.mean([run.column("safety/harm").iloc[8] for run in runs])
     (label,) = (text for text in ax.texts if "harmful_asker" in text.get_text())
-    assert label.get_position()[1] == pytest.approx(last, abs=0.02)
+    assert label.xy[1] == pytest.approx(last, abs=0.02)
     assert ax.lines[3].get_xdata()[-1] == 8
 
 

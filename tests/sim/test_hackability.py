@@ -135,7 +135,7 @@ def test_table_and_picture_leave_out_what_has_no_reward():
     table = hackability_table([without, *hacked])
     assert table["arm"].tolist() == ["hacked"] * 2
     assert table["reward against"].tolist() == ["harm", "utility"]
-    assert (table["disagree"] == 1).all() and (table["low"] == 1).all()
+    assert (table["disagree"] == 1).all() and table["low"].isna().all(), "all alike"
     ax = plot_hackability([without, *hacked])
     assert [label.get_text() for label in ax.get_yticklabels()] == ["hacked"]
     assert [bar.get_width() for bar in ax.patches] == [1.0, 0.0, 0.0]

@@ -15,7 +15,6 @@ from sim.analysis.paired import (
     rmst_difference,
 )
 from sim.analysis.survival import median_exit, rmst, weighted_rmst
-from sim.analysis.tables import in_words
 
 
 def rows(arm: str, times: list[float], horizon: float = 100.0, worlds: int = 1) -> pd.DataFrame:
@@ -133,7 +132,7 @@ def test_median_by_hand():
     assert all_left.value == 2 and np.isinf(all_left.high), "the band says nothing of nobody"
     half = median_exit(time, time < 6)
     assert half.value == 5 and np.isinf(half.high)
-    assert in_words(half) == f"5 [{half.low:g}, ∞)"
+    assert half.in_words() == f"5 [{half.low:g}, ∞)"
 
 
 def test_intervals_over_three_worlds_are_too_narrow_but_not_those_of_differences():

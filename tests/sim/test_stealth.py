@@ -276,14 +276,14 @@ def test_runs_that_stopped_at_their_exit_have_no_difference(tmp_path):
     (row,) = stealth.stealth_table([load_run(path)]).to_dict("records")
     assert row["margin"] == 1 and row["rounds"] is None
     run_with(tmp_path / "on", 9, 12, seed=1)
-    (row,) = stealth.make(load_runs([tmp_path])).to_dict("records")
+    (row,) = stealth.stealth_table(load_runs([tmp_path])).to_dict("records")
     assert row["runs"] == 2 and row["rounds"] is None, "one that went on does not make up for it"
 
 
 def test_a_fork_is_not_a_run_more(runs):
     forked = {"fork": {"parent": str(runs[0].path), "at": 10, "changed": {}}}
     fork = replace(runs[0], path=runs[0].path / "fork", manifest=runs[0].manifest | forked)
-    assert stealth.make([*runs, fork])["runs"].tolist() == [6]
+    assert stealth.stealth_table([*runs, fork])["runs"].tolist() == [6]
 
 
 def test_the_picture_shows_every_run(runs):
